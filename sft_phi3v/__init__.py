@@ -1,0 +1,1 @@
+"""Fine-tune Phi-3-Vision on your own pictures."""
