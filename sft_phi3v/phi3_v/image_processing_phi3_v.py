@@ -97,7 +97,8 @@ class Phi3VImageProcessor(PilBackend):
         Returns:
             `int`: Number of image features, each of which is one token.
         """
-        (new_width, new_height), transposed = _scaled_size(width, height, num_crops or self.num_crops)
+        num_crops = self.num_crops if num_crops is None else num_crops
+        (new_width, new_height), transposed = _scaled_size(width, height, num_crops)
         rows, columns = math.ceil(new_height / CROP), new_width // CROP
         return num_image_tokens(columns, rows) if transposed else num_image_tokens(rows, columns)
 

@@ -20,7 +20,7 @@ from PIL.Image import Image
 from tokenizers import Encoding, Tokenizer, normalizers
 from transformers import BatchFeature, ProcessorMixin, TokenizersBackend
 
-from sft_phi3v.phi3_v.image_processing_phi3_v import Phi3VImageProcessor
+from sft_phi3v.phi3_v.image_processing_phi3_v import CROP, Phi3VImageProcessor
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 # Stands for a "<" that is plain text, until the tokenizer's normaliser turns it back. A Unicode noncharacter, which no
@@ -98,6 +98,7 @@ class Phi3VProcessor(ProcessorMixin):
         add_special_tokens: bool = True,
         return_tensors: str | None = None,
         return_offsets_mapping: bool = False,
+        return_pixel_values: bool = True,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -113,6 +114,8 @@ class Phi3VProcessor(ProcessorMixin):
             add_special_tokens (`bool`, *optional*, defaults to `True`):
                 Puts `<s>` in front. A text with pictures always has it, as the released models expect.
             return_tensors (`str`, *optional*): "pt" for tensors; lists otherwise (pixels are tensors in any case).
+            return_pixel_values (`bool`, *optional*, defaults to `True`):
+                `False` gives the ids alone, from the sizes of the pictures: nothing is decoded.
 
         Returns:
             `BatchFeature`: `input_ids` and `attention_mask`, `(batch, length)`; with pictures also `pixel_values`,
@@ -129,44 +132,48 @@ class Phi3VProcessor(ProcessorMixin):
             return self.image_processor(_flatten(images), **_given(num_crops=num_crops), return_tensors=return_tensors)
         texts = [text] if isinstance(text, str) else list(text)
         pictures = _pictures_per_text(texts, images)
-        crops = [
-            self.image_processor(row, **_given(num_crops=num_crops)) if row else None for row in pictures
-        ]  # one BatchFeature per text
         encoded = [
-            self._encode(one, row, [] if found is None else found["num_img_tokens"], add_special_tokens)
-            for one, row, found in zip(texts, pictures, crops, strict=True)
+            self._encode(one, row, num_crops, add_special_tokens) for one, row in zip(texts, pictures, strict=True)
         ]
         if truncation and max_length is not None:
             for row, ids in zip(pictures, encoded, strict=True):
                 if not row:
-                    for key in ("input_ids", "offset_mapping"):
-                        ids[key] = ids[key][:max_length]
+                    ids["input_ids"] = ids["input_ids"][:max_length]
+                    ids["offset_mapping"] = ids["offset_mapping"][:max_length]
         batch = self._pad(encoded, padding, padding_side, pad_to_multiple_of, max_length, return_offsets_mapping)
-        if any(pictures):
-            batch |= _gather([(found, row["order"]) for found, row in zip(crops, encoded, strict=True) if found])
+        if return_pixel_values and any(pictures):
+            batch |= self._pixels(pictures, [row["order"] for row in encoded], num_crops)
         if isinstance(text, str) and return_tensors is None and not pictures[0]:
             batch = {key: value[0] for key, value in batch.items()}  # one text in, one row out, as tokenizers do
         return BatchFeature(batch, tensor_type=return_tensors, skip_tensor_conversion=["offset_mapping"])
 
-    def _encode(self, text: str, images: list[Image], tokens: list[int], add_special_tokens: bool) -> dict[str, list]:
+    def _encode(
+        self, text: str, images: list[Image], num_crops: int | None, add_special_tokens: bool
+    ) -> dict[str, list[Any]]:
         """Ids of one text, with their character offsets; `order` lists the pictures as they appear, counted from 0."""
-        pieces = IMAGE_TAG.split(text) if images else [text]  # text, number, text, number, …, text
-        order = [int(number) - 1 for number in pieces[1::2]]
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
-        spans = [0, *(edge for tag in IMAGE_TAG.finditer(text) for edge in tag.span())] if images else [0]
-        for position, piece in enumerate(pieces):
-            if position % 2:
-                count = tokens[int(piece) - 1]
-                ids += [self.image_token_id] * count
-                offsets += [(spans[position], spans[position])] * count
-                continue
+        order: list[int] = []
+
+        def add_text(start: int, end: int) -> None:
+            # <s> and image tokens stand for no character: at (0, 0) they belong to no generation span.
             if add_special_tokens or images:
                 ids.append(self.bos_token_id)
-                offsets.append((spans[position], spans[position]))
-            encoding = self._tokenizer_with_literals.encode(piece, add_special_tokens=False)
-            ids += encoding.ids
-            offsets += self._offsets(encoding, spans[position])
+                offsets.append((0, 0))
+            encoding = self._tokenizer_with_literals.encode(text[start:end], add_special_tokens=False)
+            ids.extend(encoding.ids)
+            offsets.extend(self._offsets(encoding, start))
+
+        start = 0
+        for tag in IMAGE_TAG.finditer(text) if images else ():
+            add_text(start, tag.start())
+            start = tag.end()
+            order.append(int(tag[1]) - 1)
+            image = images[order[-1]]
+            count = self.image_processor.num_image_tokens(image.width, image.height, num_crops)
+            ids += [self.image_token_id] * count
+            offsets += [(0, 0)] * count
+        add_text(start, len(text))
         return {"input_ids": ids, "offset_mapping": offsets, "order": order}
 
     def _offsets(self, encoding: Encoding, start: int) -> list[tuple[int, int]]:
@@ -205,6 +212,19 @@ class Phi3VProcessor(ProcessorMixin):
                     filler + row["offset_mapping"] if left else row["offset_mapping"] + filler
                 )
         return batch
+
+    def _pixels(self, pictures: list[list[Image]], orders: list[list[int]], num_crops: int | None) -> dict[str, Any]:
+        """Crops and sizes of all rows, pictures in the order of appearance; one that is named twice comes twice."""
+        pixel_values = []
+        image_sizes = []
+        for row, order in zip(pictures, orders, strict=True):
+            found = self.image_processor(row, **_given(num_crops=num_crops)) if row else None
+            if found is not None:
+                grid = found["image_sizes"] // CROP
+                crops = found["pixel_values"].split((grid.prod(dim=1) + 1).tolist())
+                pixel_values += [crops[picture] for picture in order]
+                image_sizes.append(found["image_sizes"][order])
+        return {"pixel_values": torch.cat(pixel_values), "image_sizes": torch.cat(image_sizes)}
 
     def apply_chat_template(self, conversation: Any, *args: Any, tokenize: bool = False, **kwargs: Any) -> Any:
         """
@@ -283,18 +303,6 @@ def _pictures_per_text(texts: list[str], images: Any) -> list[list[Image]]:
                 "pass it as the content of a chat message.)"
             )
     return pictures
-
-
-def _gather(rows: list[tuple[BatchFeature, list[int]]]) -> dict[str, torch.Tensor]:
-    """Crops and sizes of all rows in the order in which the pictures appear; one that is named twice comes twice."""
-    pixel_values = []
-    image_sizes = []
-    for found, order in rows:
-        grid = found["image_sizes"] // found["pixel_values"].shape[-1]
-        crops = found["pixel_values"].split((grid.prod(dim=1) + 1).tolist())
-        pixel_values += [crops[picture] for picture in order]
-        image_sizes.append(found["image_sizes"][order])
-    return {"pixel_values": torch.cat(pixel_values), "image_sizes": torch.cat(image_sizes)}
 
 
 __all__ = ["Phi3VProcessor"]

@@ -1,0 +1,117 @@
+"""Examples become one padded batch with labels: the ONE place that decides what is supervised.
+
+The rule: the words of every assistant turn, and the `<|end|>` that stops it. Nothing else: no system or user word, no
+picture, no `<s>`, no header of a turn, no padding.
+
+    ids     <s> <|user|> \\n <|image|> <s> \\n What ? <|end|> \\n <|assistant|> A    hat  <|end|> \\n  <|endoftext|>
+    labels   .     .     .      .      .   .   .   .    .     .       .       A    hat  <|end|>  .        .
+
+The whole conversation is tokenised once, and the chat template's generation markers say which characters the assistant
+wrote. Ids are never searched (user text may look like a header), and the padding id never decides anything (it is also
+an end-of-text token).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from trl.data_utils import prepare_multimodal_messages
+
+from sft_phi3v.phi3_v import Phi3VProcessor
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one example: all of them, those of pictures, and the supervised ones."""
+
+    tokens: int
+    image_tokens: int
+    supervised: int
+
+
+@dataclass(frozen=True)
+class Collator:
+    """
+    Makes batches for training.
+
+    Args:
+        processor ([`Phi3VProcessor`]): Tokenizer and image processor.
+        max_length (`int`, *optional*): Longest row allowed, in tokens; a longer one is an error, never cut.
+        pad_to_multiple_of (`int`, *optional*): Rounds the padded length up.
+    """
+
+    processor: Phi3VProcessor
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            examples (`list[dict]`): `{"images": [PIL.Image], "messages": [...], "row": int}` each, in TRL's
+                conversational format: any number of turns and of pictures, also none.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels`, int64 `(batch, length)`; where any
+            row has a picture also `pixel_values`, float32 `(crops, 3, 336, 336)`, and `image_sizes`, `(pictures, 2)`.
+
+        Raises:
+            ValueError: If a row is longer than `max_length`, has nothing to learn, or has a picture that cannot be read.
+        """
+        batch = self._tokenize(examples, padding=True, return_tensors="pt")
+        supervised = batch.pop("assistant_masks").bool()
+        labels = batch["input_ids"].masked_fill(~supervised, IGNORED)
+        for example, mask, found in zip(examples, batch["attention_mask"], supervised, strict=True):
+            self._check(example, int(mask.sum()), int(found.sum()))
+        return {**batch, "labels": labels}
+
+    def lengths(self, example: dict[str, Any]) -> Lengths:
+        """
+        Counts the tokens of an example from the sizes of its pictures, without decoding them.
+
+        Args:
+            example (`dict`): As for `__call__`.
+
+        Returns:
+            [`Lengths`]: Numbers of tokens.
+        """
+        row = self._tokenize([example], return_pixel_values=False)
+        ids = row["input_ids"][0]
+        return Lengths(len(ids), ids.count(self.processor.image_token_id), sum(row["assistant_masks"][0]))
+
+    def fits(self, lengths: Lengths) -> bool:
+        """Whether a row of these lengths may be trained on."""
+        return self.max_length is None or lengths.tokens <= self.max_length
+
+    def _check(self, example: dict[str, Any], tokens: int, supervised: int) -> None:
+        if self.max_length is not None and tokens > self.max_length:
+            raise ValueError(
+                f"Row {example.get('row')} has {tokens} tokens, more than max_length {self.max_length}. A row is never "
+                "cut: raise max_length, lower num_crops, or set `overlong: drop`."
+            )
+        if supervised == 0:
+            raise ValueError(f"Row {example.get('row')} has nothing to learn: no assistant turn in its messages.")
+
+    def _tokenize(self, examples: list[dict[str, Any]], **kwargs: Any) -> dict[str, Any]:
+        return_tensors = kwargs.pop("return_tensors", "auto")
+        try:
+            conversations = [
+                prepare_multimodal_messages(example["messages"], example.get("images") or []) for example in examples
+            ]
+            batch = self.processor.apply_chat_template(
+                conversations,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                return_tensors=return_tensors,
+                processor_kwargs={
+                    "padding_side": "right",
+                    "pad_to_multiple_of": self.pad_to_multiple_of,
+                    **kwargs,
+                },
+            )
+        except (OSError, ValueError) as error:
+            rows = [example.get("row") for example in examples]
+            raise ValueError(f"Rows {rows} cannot be turned into a batch: {error}") from error
+        return dict(batch)

@@ -1,0 +1,239 @@
+"""Processor, (4-bit) base model and LoRA targets; and what landed where. The only file that knows bitsandbytes.
+
+What is quantised: the language model's linears. What never is: the vision tower, the projector, the embeddings and
+`lm_head` (TRL reads its weight directly). What is adapted: the parts that the recipe's `adapt` names. Both are counted
+on the model itself and printed before training, because the usual options miss without a word: LoRA on
+`[q_proj, v_proj]` puts 48 adapters into CLIP and none into the language model, whose linears are fused.
+"""
+
+import math
+import re
+from collections import Counter
+
+import bitsandbytes
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoConfig, BitsAndBytesConfig
+from trl import get_peft_config, get_quantization_config
+
+from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
+from sft_phi3v.recipe import Recipe
+
+# Names as dotted paths from the root; a list replaces transformers' own default, so lm_head must be among them.
+NEVER_QUANTISED = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+
+PARTS = {
+    "language_model": "model.language_model.",
+    "projector": "model.multi_modal_projector.",
+    "vision_tower": "model.vision_tower.",
+    "lm_head": "lm_head",
+}
+
+
+def load_config(recipe: Recipe) -> Phi3VConfig:
+    """
+    Reads the base model's configuration, and nothing else of it.
+
+    Args:
+        recipe ([`Recipe`]): Names the model.
+
+    Returns:
+        [`Phi3VConfig`]: The configuration.
+
+    Raises:
+        ValueError: If there is no such model, or it is not a Phi-3-Vision.
+    """
+    name = recipe.model.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(name, revision=recipe.model.model_revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model_name_or_path: {name!r} cannot be read: {_first_line(error)} Expected a folder with config.json, or "
+            "a Hub id (and a network, or the model in the local cache)."
+        ) from error
+    if not isinstance(config, Phi3VConfig):
+        raise ValueError(
+            f"model_name_or_path: {name!r} is a {config.model_type!r} model, expected 'phi3_v' (Phi-3-vision or "
+            "Phi-3.5-vision, or one fine-tuned from them)."
+        )
+    return config
+
+
+def load_processor(recipe: Recipe) -> Phi3VProcessor:
+    """The base model's processor, with the recipe's `num_crops`."""
+    load_config(recipe)  # says clearly what is wrong with the name
+    return Phi3VProcessor.from_pretrained(
+        recipe.model.model_name_or_path, revision=recipe.model.model_revision, num_crops=recipe.task.num_crops
+    )
+
+
+def load_model(recipe: Recipe) -> Phi3VForCausalLM:
+    """
+    Loads the base model, quantised as the recipe says, and checks that the weights were all there.
+
+    Args:
+        recipe ([`Recipe`]): Names the model, its dtype, quantisation and attention.
+
+    Returns:
+        [`Phi3VForCausalLM`]: The base model, without adapter.
+
+    Raises:
+        ValueError: If the folder lacks weights of the model.
+    """
+    load_config(recipe)
+    dtype = recipe.model.dtype
+    model, loading = Phi3VForCausalLM.from_pretrained(
+        recipe.model.model_name_or_path,
+        revision=recipe.model.model_revision,
+        dtype=dtype if dtype in ("auto", None) else getattr(torch, dtype),
+        attn_implementation=recipe.model.attn_implementation,
+        quantization_config=quantization_config(recipe),
+        output_loading_info=True,
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"model_name_or_path: {recipe.model.model_name_or_path!r} lacks {len(missing)} tensors, such as "
+            f"{missing[0]!r}: they would start from random numbers. The download may be incomplete."
+        )
+    return model
+
+
+def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
+    """TRL's quantisation settings, kept away from the modules that must stay as they are."""
+    config = get_quantization_config(recipe.model)
+    if config is not None:
+        config.llm_int8_skip_modules = NEVER_QUANTISED
+        if recipe.training.use_cpu:
+            _keep_4bit_trainable_on_cpu()
+    return config
+
+
+def _keep_4bit_trainable_on_cpu() -> None:
+    # With AVX512-BF16, the first evaluation repacks every 4-bit weight in place for an inference kernel that has no
+    # gradient: training goes on afterwards without one, silently. Read by bitsandbytes when a layer is made.
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+
+
+def lora_config(recipe: Recipe, model: nn.Module) -> LoraConfig | None:
+    """
+    LoRA as the recipe says, aimed at the parts named by `adapt` and checked to hit them.
+
+    Args:
+        recipe ([`Recipe`]): `use_peft`, `adapt`, `lora_*`.
+        model (`nn.Module`): The base model; one on the meta device will do.
+
+    Returns:
+        `LoraConfig` or `None`: `None` without `use_peft`.
+
+    Raises:
+        ValueError: If a target hits nothing, hits a part that `adapt` does not name, or misses one that it names.
+    """
+    config = get_peft_config(recipe.model)
+    if config is None:
+        return None
+    if recipe.model.lora_target_modules is None:
+        config.target_modules = target_pattern(recipe.task.adapt, model)
+    else:
+        _check_targets(recipe, model)
+    return config
+
+
+def target_pattern(parts: list[str], model: nn.Module) -> str:
+    """A pattern, for PEFT to match whole module names with, that hits every linear of the parts whose output is used."""
+    used = "|".join(str(layer) for layer in range(model.get_submodule("model").vision_layers))
+    patterns = {
+        "language_model": r"language_model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))",
+        "projector": r"multi_modal_projector\.linear_[12]",
+        "vision_tower": rf"vision_tower\.encoder\.layers\.({used})\.(self_attn\.[qkv]_proj|self_attn\.out_proj|mlp\.fc[12])",
+    }
+    return rf"model\.({'|'.join(patterns[part] for part in parts)})"
+
+
+def _check_targets(recipe: Recipe, model: nn.Module) -> None:
+    """Holds the recipe's own `lora_target_modules` against the model."""
+    given = recipe.model.lora_target_modules
+    names = [given] if isinstance(given, str) else list(given or [])
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    advice = (
+        "Remove lora_target_modules and name parts with `adapt` (language_model, projector, vision_tower) instead; "
+        "the language model's own linears are called qkv_proj, o_proj, gate_up_proj and down_proj."
+    )
+    if "all-linear" in names:
+        raise ValueError(f"lora_target_modules: 'all-linear' also adapts layers that are never computed. {advice}")
+    hits: list[str] = []
+    for name in names:
+        # As PEFT does: one string is a pattern for the whole name, a list holds the names' ends.
+        found = [x for x in linears if (re.fullmatch(name, x) if isinstance(given, str) else f".{x}".endswith(f".{name}"))]
+        if not found:
+            raise ValueError(f"lora_target_modules: {name!r} hits no module of this model. {advice}")
+        hits += found
+    counts = {part: sum(hit.startswith(prefix) for hit in hits) for part, prefix in PARTS.items()}
+    landed = {part for part, count in counts.items() if count}
+    if landed != set(recipe.task.adapt):
+        shown = ", ".join(f"{count} in {part}" for part, count in counts.items())
+        raise ValueError(
+            f"lora_target_modules: {given!r} lands elsewhere than `adapt: {recipe.task.adapt}` says: {shown}. {advice}"
+        )
+    unused = rf"model\.vision_tower\.encoder\.layers\.{model.get_submodule('model').vision_layers}\."
+    if any(re.match(unused, hit) for hit in hits):
+        raise ValueError(f"lora_target_modules: {given!r} adapts CLIP's last layer, which is never computed. {advice}")
+
+
+def landing_table(model: nn.Module) -> str:
+    """
+    What is quantised, adapted and trained, counted on the model itself, part by part.
+
+    Args:
+        model (`nn.Module`): The model that will be trained, with its adapter.
+
+    Returns:
+        `str`: A table for people.
+
+    Raises:
+        ValueError: If nothing at all would be trained.
+    """
+    counts = {part: Counter[str]() for part in PARTS}
+    stored: dict[str, set[str]] = {part: set() for part in PARTS}
+    for name, module in model.named_modules():
+        name = name.removeprefix("base_model.model.")  # PEFT's wrapper
+        part = next((part for part, prefix in PARTS.items() if name.startswith(prefix)), None)
+        if part is None:
+            continue
+        counts[part]["4-bit linears"] += isinstance(module, bitsandbytes.nn.Linear4bit)
+        counts[part]["adapted modules"] += isinstance(module, LoraLayer)
+        for parameter in module.parameters(recurse=False):
+            counts[part]["trainable"] += parameter.numel() if parameter.requires_grad else 0
+            if ".lora_" not in name:
+                counts[part]["parameters"] += _numel(parameter)
+                stored[part].add(_storage(parameter))
+    if not sum(count["trainable"] for count in counts.values()):
+        raise ValueError("Nothing would be trained: no parameter of the model requires a gradient.")
+    columns = ["parameters", "4-bit linears", "adapted modules", "trainable"]
+    rows = [["part", *columns, "stored as"]]
+    for part, count in counts.items():
+        rows.append([part, *(f"{count[column]:,}" for column in columns), " + ".join(sorted(stored[part]))])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for part, *numbers, storage in rows:
+        padded = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=False)]
+        lines.append("  ".join([f"{part:<{widths[0]}}", *padded, storage]))
+    return "\n".join(lines)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Numbers that a parameter stands for; 4-bit storage packs several into one element."""
+    if isinstance(parameter, bitsandbytes.nn.Params4bit) and parameter.quant_state is not None:
+        return math.prod(parameter.quant_state.shape)
+    return parameter.numel()
+
+
+def _storage(parameter: nn.Parameter) -> str:
+    if isinstance(parameter, bitsandbytes.nn.Params4bit):
+        return f"4-bit {parameter.quant_type}"
+    return str(parameter.dtype).removeprefix("torch.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
