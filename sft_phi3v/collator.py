@@ -57,7 +57,7 @@ class Collator:
             row has a picture also `pixel_values`, float32 `(crops, 3, 336, 336)`, and `image_sizes`, `(pictures, 2)`.
 
         Raises:
-            ValueError: If a row is longer than `max_length`, has nothing to learn, or has a picture that cannot be read.
+            ValueError: If a row is longer than `max_length`, has nothing to learn, or its picture cannot be read.
         """
         batch = self._tokenize(examples, padding=True, return_tensors="pt")
         supervised = batch.pop("assistant_masks").bool()
@@ -87,8 +87,8 @@ class Collator:
     def _check(self, example: dict[str, Any], tokens: int, supervised: int) -> None:
         if self.max_length is not None and tokens > self.max_length:
             raise ValueError(
-                f"Row {example.get('row')} has {tokens} tokens, more than max_length {self.max_length}. A row is never "
-                "cut: raise max_length, lower num_crops, or set `overlong: drop`."
+                f"Row {example.get('row')} has {tokens} tokens, more than max_length {self.max_length}. A row is "
+                "never cut: raise max_length, lower num_crops, or set `overlong: drop`."
             )
         if supervised == 0:
             raise ValueError(f"Row {example.get('row')} has nothing to learn: no assistant turn in its messages.")

@@ -9,6 +9,7 @@ on the model itself and printed before training, because the usual options miss 
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 import bitsandbytes
 import torch
@@ -50,8 +51,8 @@ def load_config(recipe: Recipe) -> Phi3VConfig:
         config = AutoConfig.from_pretrained(name, revision=recipe.model.model_revision)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model_name_or_path: {name!r} cannot be read: {_first_line(error)} Expected a folder with config.json, or "
-            "a Hub id (and a network, or the model in the local cache)."
+            f"model_name_or_path: {name!r} cannot be read: {_first_line(error)} Expected a folder with "
+            "config.json, or a Hub id (and a network, or the model in the local cache)."
         ) from error
     if not isinstance(config, Phi3VConfig):
         raise ValueError(
@@ -116,13 +117,13 @@ def _keep_4bit_trainable_on_cpu() -> None:
     bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 
 
-def lora_config(recipe: Recipe, model: nn.Module) -> LoraConfig | None:
+def lora_config(recipe: Recipe, model: Phi3VForCausalLM) -> LoraConfig | None:
     """
     LoRA as the recipe says, aimed at the parts named by `adapt` and checked to hit them.
 
     Args:
         recipe ([`Recipe`]): `use_peft`, `adapt`, `lora_*`.
-        model (`nn.Module`): The base model; one on the meta device will do.
+        model ([`Phi3VForCausalLM`]): The base model; one on the meta device will do.
 
     Returns:
         `LoraConfig` or `None`: `None` without `use_peft`.
@@ -140,18 +141,18 @@ def lora_config(recipe: Recipe, model: nn.Module) -> LoraConfig | None:
     return config
 
 
-def target_pattern(parts: list[str], model: nn.Module) -> str:
-    """A pattern, for PEFT to match whole module names with, that hits every linear of the parts whose output is used."""
-    used = "|".join(str(layer) for layer in range(model.get_submodule("model").vision_layers))
+def target_pattern(parts: Sequence[str], model: Phi3VForCausalLM) -> str:
+    """A pattern, for PEFT to match whole module names with, that hits every linear of the parts that is computed."""
+    used = "|".join(str(layer) for layer in range(model.model.vision_layers))
     patterns = {
-        "language_model": r"language_model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))",
+        "language_model": r"language_model\.layers\.\d+\.(self_attn|mlp)\.(qkv_proj|o_proj|gate_up_proj|down_proj)",
         "projector": r"multi_modal_projector\.linear_[12]",
-        "vision_tower": rf"vision_tower\.encoder\.layers\.({used})\.(self_attn\.[qkv]_proj|self_attn\.out_proj|mlp\.fc[12])",
+        "vision_tower": rf"vision_tower\.encoder\.layers\.({used})\.(self_attn|mlp)\.([qkv]_proj|out_proj|fc[12])",
     }
     return rf"model\.({'|'.join(patterns[part] for part in parts)})"
 
 
-def _check_targets(recipe: Recipe, model: nn.Module) -> None:
+def _check_targets(recipe: Recipe, model: Phi3VForCausalLM) -> None:
     """Holds the recipe's own `lora_target_modules` against the model."""
     given = recipe.model.lora_target_modules
     names = [given] if isinstance(given, str) else list(given or [])
@@ -165,7 +166,10 @@ def _check_targets(recipe: Recipe, model: nn.Module) -> None:
     hits: list[str] = []
     for name in names:
         # As PEFT does: one string is a pattern for the whole name, a list holds the names' ends.
-        found = [x for x in linears if (re.fullmatch(name, x) if isinstance(given, str) else f".{x}".endswith(f".{name}"))]
+        if isinstance(given, str):
+            found = [linear for linear in linears if re.fullmatch(name, linear)]
+        else:
+            found = [linear for linear in linears if f".{linear}".endswith(f".{name}")]
         if not found:
             raise ValueError(f"lora_target_modules: {name!r} hits no module of this model. {advice}")
         hits += found
@@ -176,7 +180,7 @@ def _check_targets(recipe: Recipe, model: nn.Module) -> None:
         raise ValueError(
             f"lora_target_modules: {given!r} lands elsewhere than `adapt: {recipe.task.adapt}` says: {shown}. {advice}"
         )
-    unused = rf"model\.vision_tower\.encoder\.layers\.{model.get_submodule('model').vision_layers}\."
+    unused = rf"model\.vision_tower\.encoder\.layers\.{model.model.vision_layers}\."
     if any(re.match(unused, hit) for hit in hits):
         raise ValueError(f"lora_target_modules: {given!r} adapts CLIP's last layer, which is never computed. {advice}")
 

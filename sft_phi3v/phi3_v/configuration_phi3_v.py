@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, Phi3Config
 
-# The published config.json gives no sizes for the vision tower: the original code builds openai/clip-vit-large-patch14-336.
+# The published config.json gives no sizes for the vision tower: the original is openai/clip-vit-large-patch14-336.
 VIT_L_14_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,

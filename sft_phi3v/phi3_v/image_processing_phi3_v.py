@@ -19,10 +19,10 @@ from transformers.processing_utils import ImagesKwargs
 CROP = 336
 
 
-class Phi3VImagesKwargs(ImagesKwargs, total=False):
+class Phi3VImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """
     num_crops (`int`, *optional*):
-        Largest number of local crops that a picture may be cut into. More crops show finer detail and cost more tokens.
+        Largest number of local crops that a picture may be cut into. More crops show more detail and cost more tokens.
     """
 
     num_crops: int
@@ -76,7 +76,7 @@ class Phi3VImageProcessor(PilBackend):
             padded = hd_transform(image, num_crops)
             crops.append(_crop(padded, image_mean, image_std))
             sizes.append((padded.height, padded.width))
-        data = {
+        data: dict[str, Any] = {
             "pixel_values": torch.cat(crops) if crops else torch.zeros(0, 3, CROP, CROP),
             "image_sizes": torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
         }
@@ -104,7 +104,7 @@ class Phi3VImageProcessor(PilBackend):
 
 
 def num_image_tokens(rows: int, columns: int) -> int:
-    """Image features of a picture cut into `rows × columns` local crops: crops, separator, one newline per grid row."""
+    """Image features of a picture cut into `rows × columns` local crops: 144 each, a separator, newlines."""
     return (rows * columns + 1) * 144 + 1 + (rows + 1) * 12
 
 

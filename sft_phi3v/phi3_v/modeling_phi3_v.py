@@ -69,7 +69,7 @@ class Phi3VProjector(nn.Module):
         Puts the crops of each picture back into their grids: local grid, separator, global grid.
 
         Args:
-            merged (`torch.Tensor` of shape `(crops, side, side, width)`): Merged patches, global crop of each picture first.
+            merged (`torch.Tensor` of shape `(crops, side, side, width)`): Merged patches, global crops first.
             image_sizes (`list[tuple[int, int]]`): Height and width of each padded picture, in pixels.
 
         Returns:
@@ -197,23 +197,23 @@ class Phi3VModel(Phi3VPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): Ids, with `image_token_id` once per image feature.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): `image_token_id` once per image feature.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 at padding.
             pixel_values (`torch.FloatTensor` of shape `(crops, 3, 336, 336)`, *optional*):
                 Crops of all pictures of the batch, in the order in which they appear in `input_ids`.
-            image_sizes (`torch.LongTensor` of shape `(pictures, 2)`, *optional*): Height and width of each padded picture.
+            image_sizes (`torch.LongTensor` of shape `(pictures, 2)`, *optional*): Height and width, padded, in pixels.
 
         Returns:
             `BaseModelOutputWithPast`: `last_hidden_state` of shape `(batch, length, hidden_size)`.
@@ -225,14 +225,15 @@ class Phi3VModel(Phi3VPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed_tokens(input_ids)
-        if pixel_values is not None and (input_ids is None or image_sizes is None):
-            raise ValueError("pixel_values need input_ids, which say where the pictures go, and image_sizes.")
         if pixel_values is not None:
+            if input_ids is None or image_sizes is None:
+                raise ValueError("pixel_values need input_ids, which say where the pictures go, and image_sizes.")
             features = self.get_image_features(pixel_values, image_sizes)
             inputs_embeds = self._place(input_ids, inputs_embeds, features, image_sizes)
         elif input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
             # Only where a prompt is read: while decoding, a sampled <|image|> is the model's own doing.
-            if tokens := int((input_ids == self.config.image_token_id).sum()):
+            tokens = int((input_ids == self.config.image_token_id).sum())
+            if tokens:
                 raise ValueError(f"input_ids hold {tokens} image tokens, but no pixel_values were given (0 features).")
         return self.language_model(
             attention_mask=attention_mask,
@@ -277,14 +278,14 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -292,12 +293,12 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         """
         Args as [`Phi3VModel.forward`], and:
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): Ids to learn; -100 where nothing is.
-            logits_to_keep (`int` or `torch.Tensor`, *optional*): Only the last n positions, or these, go through the head.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*): Only the last n, or these, positions go through the head.
             num_items_in_batch (`int`, *optional*): Supervised tokens of the whole (accumulated) batch, which then
                 divides the summed loss; without it the loss is the mean of this batch.
 
         Returns:
-            `CausalLMOutputWithPast`: `logits` of shape `(batch, kept length, vocab_size)`, and `loss` if labels are given.
+            `CausalLMOutputWithPast`: `logits` of shape `(batch, kept length, vocab_size)`, and `loss` with labels.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -325,7 +326,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
 
     # generate() looks for the literal name `kwargs` to decide which model inputs it may pass.
     def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, past_key_values: Cache | None = None, **kwargs: Any
+        self, input_ids: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         # Past the original context, longrope turns from its short to its long factors, and cached keys are rotated by
         # the wrong ones. As in transformers' Phi3: drop the cache once and read everything again, pictures included.

@@ -1,7 +1,7 @@
 """Text and pictures become `input_ids`, `attention_mask`, `pixel_values` and `image_sizes`.
 
-The text is cut at its picture tags `<|image_1|>`, `<|image_2|>`, …; every piece is tokenised on its own and starts with
-`<s>`, so that a `<s>` follows each picture (this is what the released models were trained on):
+The text is cut at its picture tags `<|image_1|>`, `<|image_2|>`, …; every piece is tokenised on its own and starts
+with `<s>`, so that a `<s>` follows each picture (this is what the released models were trained on):
 
     "<|user|>\\n<|image_1|>\\nWhat?"  →  <s> <|user|> ▁ \\n  <|image|>×757  <s> ▁ \\n W hat ?
 
@@ -55,8 +55,8 @@ class Phi3VProcessor(ProcessorMixin):
     def _load_tokenizer_from_pretrained(
         cls, sub_processor_type: str, pretrained_model_name_or_path: str, subfolder: str = "", **kwargs: Any
     ) -> TokenizersBackend:
-        # AutoTokenizer chooses the class by what else lies in the folder, and the class changes the ids. tokenizer.json
-        # says everything, and this class alone takes it as it is.
+        # AutoTokenizer chooses the class by what else lies in the folder, and the class changes the ids.
+        # tokenizer.json says everything, and this class alone takes it as it is.
         return TokenizersBackend.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     @classmethod

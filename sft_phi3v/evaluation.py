@@ -1,0 +1,425 @@
+"""Scores by free generation: the model writes the answer on its own, and the answer template reads it back.
+
+Teacher forcing would show the model the digits before the one it predicts, so its prices would look better than any
+user will ever see them. Here the model gets the picture and the question, nothing else, and is stopped only by itself
+or by `max_new_tokens`. The same rows are scored with each other's pictures (a model that does not look scores the same)
+and against the majority and the median of the training rows (a model must beat what needs no model).
+"""
+
+import json
+import math
+import os
+import random
+import statistics
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftModel
+from tqdm import tqdm
+
+from sft_phi3v.collator import Collator
+from sft_phi3v.data import Template, load_splits, number, to_examples
+from sft_phi3v.model import load_model, load_processor
+from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
+from sft_phi3v.recipe import Recipe, check_machine, load_recipe
+
+WITHIN = 0.10
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote for one row, and whether it stopped by itself."""
+
+    row: int
+    reference: str
+    text: str
+    stopped: bool
+
+
+def generate(
+    model: Phi3VForCausalLM | PeftModel,
+    processor: Phi3VProcessor,
+    examples: Sequence[dict[str, Any]] | Dataset,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    description: str = "generate",
+) -> list[Completion]:
+    """
+    Greedy completions for the last assistant turn of each example, on all processes together.
+
+    Args:
+        model ([`Phi3VForCausalLM`] or `PeftModel`): The model, on its device.
+        processor ([`Phi3VProcessor`]): Its processor.
+        examples (sequence of `dict`): `{"images", "messages", "row"}` each.
+        max_new_tokens (`int`): Longest completion, in tokens.
+        batch_size (`int`): Rows generated at once on each process.
+        description (`str`, *optional*): Text of the progress bar.
+
+    Returns:
+        `list[Completion]`: In the order of `examples`, the same on every process.
+    """
+    state = PartialState()
+    # Rows of like length share a batch, so that little is padded; longest first: a batch too large fails at once.
+    collator = Collator(processor)
+    lengths = [collator.lengths(example).tokens for example in examples]
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    was_training = model.training
+    model.eval()
+    found: list[tuple[int, Completion]] = []
+    with torch.no_grad(), tqdm(total=len(order), desc=description, disable=not state.is_main_process) as progress:
+        for batch in batches[state.process_index :: state.num_processes]:
+            completions = _generate_batch(model, processor, [examples[index] for index in batch], max_new_tokens)
+            found += zip(batch, completions, strict=True)
+            progress.update(min(len(batch) * state.num_processes, progress.total - progress.n))
+    model.train(was_training)
+    if state.num_processes > 1:
+        found = gather_object(found)
+    return [completion for _, completion in sorted(found, key=lambda pair: pair[0])]
+
+
+def _generate_batch(
+    model: Phi3VForCausalLM | PeftModel, processor: Phi3VProcessor, examples: list[dict[str, Any]], max_new_tokens: int
+) -> list[Completion]:
+    prompts, references = zip(*(_split_turns(example) for example in examples), strict=True)
+    inputs = processor.apply_chat_template(
+        list(prompts),
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    ).to(model.device)
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True)
+    stops = model.generation_config.eos_token_id
+    stops = {stops} if isinstance(stops, int) else set(stops)
+    new_ids = ids[:, inputs["input_ids"].shape[1] :].tolist()
+    completions = []
+    for example, reference, new in zip(examples, references, new_ids, strict=True):
+        end = next((position for position, token in enumerate(new) if token in stops), None)
+        text = processor.tokenizer.decode(new[:end], skip_special_tokens=True).strip()
+        completions.append(Completion(example["row"], reference, text, stopped=end is not None))
+    return completions
+
+
+def _split_turns(example: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """The messages before the last assistant turn, with the pictures in them, and that turn's text."""
+    *before, last = example["messages"]
+    pictures = iter(example["images"])
+    prompt = []
+    for message in before:
+        parts = message["content"]
+        if not isinstance(parts, str):
+            parts = [part | {"image": next(pictures)} if part["type"] == "image" else part for part in parts]
+        prompt.append({**message, "content": parts})
+    content = last["content"]
+    return prompt, content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+class ShuffledPictures(Sequence[dict[str, Any]]):
+    """
+    The same examples with each other's pictures: each gets those of another one that has as many.
+
+    Args:
+        examples (sequence of `dict`): Examples; read anew each time, so that no picture stays in memory.
+        seed (`int`): Fixes who gets whose. No example keeps its own pictures unless it is alone of its kind.
+    """
+
+    def __init__(self, examples: Sequence[dict[str, Any]] | Dataset, seed: int):
+        self.examples = examples
+        self.source = list(range(len(examples)))
+        groups: dict[int, list[int]] = defaultdict(list)
+        for index, example in enumerate(examples):
+            groups[len(example["images"])].append(index)
+        for group in groups.values():
+            random.Random(seed).shuffle(group)
+            for index, other in zip(group, [*group[1:], *group[:1]], strict=True):
+                self.source[index] = other
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Any) -> Any:
+        return {**self.examples[index], "images": self.examples[self.source[index]]["images"]}
+
+
+class Scorer:
+    """
+    Turns completions into scores, field by field of the answer template.
+
+    Args:
+        answer (`str`, *optional*): The recipe's answer template. Without one, the whole answer is one text field.
+        references (sequence of `str`): The held-out rows' answers, which tell numbers from text: a field is a number if it
+            is one in every reference.
+    """
+
+    def __init__(self, answer: str | None, references: Sequence[str]):
+        self.template = Template(answer) if answer is not None else None
+        parsed = [self.parse(reference) or {} for reference in references]
+        self.fields = self.template.fields if self.template is not None else ("answer",)
+        self.numeric = {
+            field
+            for field in self.fields
+            if parsed and all(_number(fields.get(field)) is not None for fields in parsed)
+        }
+
+    def parse(self, text: str) -> dict[str, str] | None:
+        """Fields of a completion, or `None` if it does not have the template's form."""
+        return self.template.parse(text) if self.template is not None else {"answer": text}
+
+    def score(self, completions: list[Completion]) -> dict[str, Any]:
+        """
+        Args:
+            completions (`list[Completion]`): One per held-out row.
+
+        Returns:
+            `dict`: `rows`; `parsed` and `stopped` as shares of all rows; `fields`, per field either `exact`, the share
+            of all rows, or `within_10pct`, the share of all rows, and `median_ape`, the median absolute percentage
+            error as a fraction over the rows that gave a number (`None` if none did).
+        """
+        fields = [(self.parse(completion.text), self.parse(completion.reference) or {}) for completion in completions]
+        return {
+            "rows": len(completions),
+            "parsed": _mean(found is not None for found, _ in fields),
+            "stopped": _mean(completion.stopped for completion in completions),
+            "fields": {
+                field: self._score_field(field, [((found or {}).get(field), wanted[field]) for found, wanted in fields])
+                for field in self.fields
+            },
+        }
+
+    def _score_field(self, field: str, pairs: list[tuple[str | None, str]]) -> dict[str, float | None]:
+        if field not in self.numeric:
+            return {"exact": _mean(found == wanted for found, wanted in pairs)}
+        errors = [_relative_error(_number(found), _number(wanted)) for found, wanted in pairs]
+        given = [error for error in errors if error is not None]
+        median = statistics.median(given) if given else None
+        return {
+            "median_ape": median if median is None or math.isfinite(median) else None,
+            "within_10pct": _mean(error is not None and error <= WITHIN for error in errors),
+        }
+
+    def baseline(self, train_answers: Iterable[str], references: Sequence[str]) -> dict[str, Any]:
+        """
+        Scores of always giving the commonest text, and the median number, of the training rows.
+
+        Args:
+            train_answers (iterable of `str`): Answers of the training rows.
+            references (sequence of `str`): Answers of the held-out rows.
+
+        Returns:
+            `dict`: As `score`.
+        """
+        seen: dict[str, list[str]] = {field: [] for field in self.fields}
+        for answer in train_answers:
+            for field, value in (self.parse(answer) or {}).items():
+                seen[field].append(value)
+        guess = {
+            field: str(statistics.median(price for value in values if (price := _number(value)) is not None))
+            if field in self.numeric
+            else Counter(values).most_common(1)[0][0]
+            for field, values in seen.items()
+        }
+        pairs = [self.parse(reference) or {} for reference in references]
+        return {
+            "rows": len(references),
+            "parsed": 1.0,
+            "stopped": 1.0,
+            "fields": {
+                field: self._score_field(field, [(guess[field], wanted[field]) for wanted in pairs])
+                for field in self.fields
+            },
+        }
+
+
+def _mean(values: Iterable[bool]) -> float:
+    found = [bool(value) for value in values]
+    return sum(found) / len(found) if found else 0.0
+
+
+def _number(text: str | None) -> float | None:
+    return number(text) if text is not None else None
+
+
+def _relative_error(found: float | None, wanted: float | None) -> float | None:
+    if found is None or wanted is None:
+        return None
+    if wanted == 0:
+        return 0.0 if found == 0 else math.inf
+    return abs(found - wanted) / abs(wanted)
+
+
+@dataclass
+class Evaluation:
+    """
+    The held-out rows of one run, their scores so far and the files that hold them.
+
+    Args:
+        recipe ([`Recipe`]): Says how many rows, how long a completion, and where the files go.
+        processor ([`Phi3VProcessor`]): The model's processor.
+        held_out (`Dataset`): Held-out examples; the first `eval_rows` of them (after a seeded shuffle) are scored.
+        train_answers (`list[str]`): Answers of the training rows, for the baseline.
+    """
+
+    recipe: Recipe
+    processor: Phi3VProcessor
+    held_out: Dataset
+    train_answers: list[str]
+
+    def __post_init__(self) -> None:
+        wanted = self.recipe.task.eval_rows
+        if wanted is not None and wanted < len(self.held_out):
+            # A split is often sorted, by category say: its head would not stand for it.
+            chosen = random.Random(self.recipe.training.seed).sample(range(len(self.held_out)), wanted)
+            self.held_out = self.held_out.select(sorted(chosen))
+        self.rows, self.references = zip(
+            *((example["row"], _split_turns(example)[1]) for example in self.held_out), strict=True
+        )
+        self.scorer = Scorer(self.recipe.task.answer, self.references)
+        self.metrics: dict[str, Any] = {"baseline": self.scorer.baseline(self.train_answers, self.references)}
+        self.completions: dict[str, list[Completion]] = {}
+
+    def run(self, name: str, model: Phi3VForCausalLM | PeftModel, *, shuffled: bool = False) -> dict[str, Any]:
+        """
+        Generates and scores under a name, `before`, `after` or `after_shuffled`, and writes the files anew.
+
+        Args:
+            name (`str`): Key in `metrics.json` and in each line of `completions.jsonl`.
+            model ([`Phi3VForCausalLM`] or `PeftModel`): The model to score.
+            shuffled (`bool`, *optional*): Whether the rows get each other's pictures.
+
+        Returns:
+            `dict`: The scores.
+        """
+        examples = ShuffledPictures(self.held_out, self.recipe.training.seed) if shuffled else self.held_out
+        self.completions[name] = generate(
+            model,
+            self.processor,
+            examples,
+            max_new_tokens=self.recipe.task.max_new_tokens,
+            batch_size=self.recipe.task.generation_batch_size,
+            description=f"generate ({name.replace('_', ', ')})",
+        )
+        self.metrics[name] = self.scorer.score(self.completions[name])
+        if PartialState().is_main_process:
+            self.write()
+        return self.metrics[name]
+
+    def write(self) -> None:
+        """Writes `metrics.json` and `completions.jsonl` into `output_dir`, each whole or not at all."""
+        folder = Path(str(self.recipe.training.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for index, (row, reference) in enumerate(zip(self.rows, self.references, strict=True)):
+            line: dict[str, Any] = {"row": row, "reference": reference}
+            for name, completions in self.completions.items():
+                completion = completions[index]
+                line[name] = {
+                    "text": completion.text,
+                    "stopped": completion.stopped,
+                    "fields": self.scorer.parse(completion.text),
+                }
+            lines.append(json.dumps(line, ensure_ascii=False))
+        write_whole(folder / "completions.jsonl", "\n".join(lines) + "\n")
+        write_whole(folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
+
+    def resume(self) -> bool:
+        """Takes over what an interrupted run of the same rows has scored before training; says whether it did."""
+        folder = Path(str(self.recipe.training.output_dir))
+        try:
+            lines = [
+                json.loads(line) for line in (folder / "completions.jsonl").read_text(encoding="utf-8").splitlines()
+            ]
+            rows = [(line["row"], line["reference"]) for line in lines]
+            if rows != list(zip(self.rows, self.references, strict=True)):
+                return False
+            self.completions["before"] = [
+                Completion(line["row"], line["reference"], line["before"]["text"], line["before"]["stopped"])
+                for line in lines
+            ]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False  # nothing was scored yet, or not by us: it is scored again
+        self.metrics["before"] = self.scorer.score(self.completions["before"])
+        return True
+
+    def table(self) -> str:
+        """The scores as one table for people."""
+        header = ["", "rows", "parsed", "stopped"]
+        for field in self.scorer.fields:
+            numeric = field in self.scorer.numeric
+            header += [f"{field}: median error", f"{field}: within 10%"] if numeric else [f"{field}: exact"]
+        lines = [header]
+        for name in ("baseline", "before", "after", "after_shuffled"):
+            if name not in self.metrics:
+                continue
+            scores = self.metrics[name]
+            values = [scores["parsed"], scores["stopped"]]
+            for field in self.scorer.fields:
+                found = scores["fields"][field]
+                values += [found["median_ape"], found["within_10pct"]] if "median_ape" in found else [found["exact"]]
+            shown = ["–" if value is None else f"{100 * value:.1f}%" for value in values]
+            lines.append([name.replace("_", ", pictures "), str(scores["rows"]), *shown])
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        return "\n".join(
+            "  ".join([f"{line[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:]))])
+            for line in lines
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file aside and renames it, so that whoever finds it finds all of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def evaluate(recipe: Recipe) -> Evaluation:
+    """Scores the adapter in the recipe's `output_dir`: before (without it), after, and after with shuffled pictures."""
+    check_machine(recipe)
+    folder = Path(str(recipe.training.output_dir))
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"output_dir: {str(folder)!r} holds no trained adapter (adapter_config.json). Train first: "
+            f"accelerate launch sft_phi3v/run.py {recipe.path}"
+        )
+    train, held_out = load_splits(recipe)
+    processor = load_processor(recipe)
+    base = load_model(recipe).to(PartialState().device) if not recipe.model.load_in_4bit else load_model(recipe)
+    model = PeftModel.from_pretrained(base, folder)
+    evaluation = Evaluation(recipe, processor, to_examples(held_out, recipe), answers(train, recipe))
+    with model.disable_adapter():
+        evaluation.run("before", model)
+    evaluation.run("after", model)
+    evaluation.run("after_shuffled", model, shuffled=True)
+    return evaluation
+
+
+def answers(rows: Dataset, recipe: Recipe) -> list[str]:
+    """The answers of the rows, without touching their pictures."""
+    if recipe.task.answer is None:
+        return [_split_turns({"messages": messages, "images": iter(())})[1] for messages in rows["messages"]]
+    template = Template(recipe.task.answer)
+    return [template.render(row) for row in rows.select_columns(list(template.fields))]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m sft_phi3v.evaluation RECIPE [--key value …]`"""
+    try:
+        evaluation = evaluate(load_recipe(sys.argv[1:] if argv is None else argv))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    if PartialState().is_main_process:
+        print(evaluation.table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What will be trained on, shown before a GPU second is spent: token counts, over-long rows, and one example in colour.
+
+`python -m sft_phi3v.preview RECIPE` needs no GPU and loads no weights. Where something would have to be fetched first,
+it says what.
+"""
+
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from tqdm import tqdm
+
+from sft_phi3v.collator import IGNORED, Collator, Lengths
+from sft_phi3v.data import check_rows, load_splits, to_examples
+from sft_phi3v.model import load_processor
+from sft_phi3v.recipe import Recipe, check_machine, check_output_dir, load_recipe
+
+GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
+
+
+def fitting(examples: Dataset, collator: Collator, overlong: str) -> tuple[Dataset, list[Lengths]]:
+    """
+    Counts the tokens of all examples, without decoding a picture, and keeps those that fit.
+
+    Args:
+        examples (`Dataset`): Examples.
+        collator ([`Collator`]): Knows `max_length`.
+        overlong (`str`): `"error"` refuses longer rows, `"drop"` leaves them out.
+
+    Returns:
+        `tuple[Dataset, list[Lengths]]`: The examples that fit, and the lengths of these.
+
+    Raises:
+        ValueError: If a row is too long and `overlong` is `"error"`, or if no row fits.
+    """
+    quiet = not PartialState().is_main_process
+    lengths = [collator.lengths(example) for example in tqdm(examples, desc="count tokens", disable=quiet)]
+    kept = [index for index, found in enumerate(lengths) if collator.fits(found)]
+    dropped = len(lengths) - len(kept)
+    if dropped and (overlong == "error" or not kept):
+        first = next(index for index, found in enumerate(lengths) if not collator.fits(found))
+        raise ValueError(
+            f"max_length: {dropped} of {len(lengths)} rows are longer than {collator.max_length} tokens; row "
+            f"{examples[first]['row']} has {lengths[first].tokens}, the longest {max(x.tokens for x in lengths)}. A row "
+            "is never cut. Raise max_length, lower num_crops, or leave these rows out with `overlong: drop`."
+        )
+    if dropped:
+        print_once(f"overlong: left out {dropped} of {len(lengths)} rows with more than {collator.max_length} tokens.")
+        examples = examples.select(kept)
+    return examples, [lengths[index] for index in kept]
+
+
+def data_table(train: Sequence[Lengths], held_out_rows: int) -> str:
+    """Rows, and the smallest, middle and largest numbers of tokens per training row."""
+    lines = [f"rows: {len(train):,} to train on, {held_out_rows:,} held out"]
+    for label, key in (("tokens", "tokens"), ("of pictures", "image_tokens"), ("supervised", "supervised")):
+        counts = [getattr(found, key) for found in train]
+        middle = statistics.median_low(counts)
+        lines.append(f"{label + ' per row:':<20} {min(counts):>6,} – {middle:,} – {max(counts):,}")
+    share = sum(found.supervised for found in train) / sum(found.tokens for found in train)
+    lines.append(f"{'supervised share:':<20} {share:>6.1%}")
+    return "\n".join(lines)
+
+
+def masked_example(example: dict[str, Any], collator: Collator, *, colour: bool) -> str:
+    """
+    One example as the model reads it, with what is supervised marked.
+
+    Args:
+        example (`dict`): An example.
+        collator ([`Collator`]): Makes its labels.
+        colour (`bool`): Green for supervised and dim for masked tokens; else supervised ones stand in ⟦ ⟧.
+
+    Returns:
+        `str`: The tokens; a run of image tokens is shown once, with its count.
+    """
+    batch = collator([example])
+    tokenizer, image_token = collator.processor.tokenizer, collator.processor.image_token_id
+    runs: list[tuple[bool, list[int]]] = []
+    for token, label in zip(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), strict=True):
+        supervised = label != IGNORED
+        if not runs or runs[-1][0] != supervised or (token == image_token) != (runs[-1][1][-1] == image_token):
+            runs.append((supervised, []))
+        runs[-1][1].append(token)
+    pieces = []
+    for supervised, tokens in runs:
+        text = tokenizer.decode(tokens) if tokens[0] != image_token else f"<|image|>×{len(tokens)}"
+        text = text.replace("\n", "⏎")
+        if colour:
+            pieces.append(f"{GREEN if supervised else DIM}{text}{PLAIN}")
+        else:
+            pieces.append(f"⟦{text}⟧" if supervised else text)
+    return "".join(pieces)
+
+
+def print_once(text: str) -> None:
+    """Prints on the main process only."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def prepare(recipe: Recipe) -> tuple[Collator, Dataset, Dataset, Dataset]:
+    """
+    Reads and checks everything that costs no GPU time, and shows it.
+
+    Args:
+        recipe ([`Recipe`]): The recipe.
+
+    Returns:
+        `tuple[Collator, Dataset, Dataset, Dataset]`: The collator; examples to train on; held-out examples; the
+        training rows as they are in the source.
+
+    Raises:
+        ValueError: If any row cannot be used, with the row, the reason and the remedy.
+    """
+    train_rows, held_out_rows = load_splits(recipe)
+    processor = load_processor(recipe)
+    collator = Collator(processor, recipe.training.max_length, recipe.training.pad_to_multiple_of)
+    for rows in (train_rows, held_out_rows):
+        check_rows(rows, recipe)
+    train, lengths = fitting(to_examples(train_rows, recipe), collator, recipe.task.overlong)
+    held_out, _ = fitting(to_examples(held_out_rows, recipe), collator, recipe.task.overlong)
+    print_once(f"\n{data_table(lengths, len(held_out))}\n")
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    legend = "green is supervised" if colour else "⟦supervised⟧"
+    print_once(f"row {train[0]['row']} as the model reads it ({legend}):")
+    print_once(f"{masked_example(train[0], collator, colour=colour)}\n")
+    return collator, train, held_out, train_rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m sft_phi3v.preview RECIPE [--key value …]`"""
+    try:
+        recipe = load_recipe(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"{recipe.path}: the recipe is right. What it needs:")
+    ready = True
+    for need, check in (
+        ("machine", lambda: check_machine(recipe)),
+        ("output_dir", lambda: check_output_dir(recipe)),
+        ("model_name_or_path", lambda: load_processor(recipe) and None),
+        ("dataset_name", lambda: load_splits(recipe) and None),
+    ):
+        try:
+            check()
+            print(f"  ✓ {need}: {_name(recipe, need)}")
+        except ValueError as error:
+            ready = False
+            print(f"  ✗ {need}: {error}")
+    if not ready:
+        raise SystemExit(1)
+    try:
+        prepare(recipe)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def _name(recipe: Recipe, need: str) -> str:
+    names = {
+        "machine": "CPU" if recipe.training.use_cpu else str(PartialState().device),
+        "output_dir": str(Path(str(recipe.training.output_dir))),
+        "model_name_or_path": str(recipe.model.model_name_or_path),
+        "dataset_name": str(recipe.script.dataset_name),
+    }
+    return names[need]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""One recipe, from rows to a scored adapter: the table of contents of this project.
+
+accelerate launch sft_phi3v/run.py recipes/burberry.yaml [--key value …]
+"""
+
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
+
+from sft_phi3v.evaluation import Evaluation, answers, write_whole
+from sft_phi3v.model import landing_table, load_model, lora_config
+from sft_phi3v.preview import prepare, print_once
+from sft_phi3v.recipe import Recipe, check_machine, check_output_dir, load_recipe
+
+
+def train(recipe: Recipe) -> Evaluation:
+    """
+    Fine-tunes, and scores before and after by free generation.
+
+    Args:
+        recipe ([`Recipe`]): The recipe.
+
+    Returns:
+        [`Evaluation`]: The scores, which also lie in `output_dir` with the adapter, the processor and the recipe.
+
+    Raises:
+        ValueError: If the recipe, the machine, the data or the model is not right; before any of them costs time.
+    """
+    check_machine(recipe)
+    check_output_dir(recipe)
+    collator, train_set, held_out, train_rows = prepare(recipe)
+    model = load_model(recipe)
+    trainer = Trainer(
+        model=model,
+        args=recipe.training,
+        train_dataset=train_set,
+        eval_dataset=held_out if recipe.training.eval_strategy != "no" else None,
+        data_collator=collator,
+        processing_class=collator.processor,
+        peft_config=lora_config(recipe, model),
+    )
+    print_once(f"{landing_table(trainer.model)}\n")
+    if trainer.is_world_process_zero():
+        recipe.save(str(recipe.training.output_dir))
+        _save_environment(recipe)
+
+    evaluation = Evaluation(recipe, collator.processor, held_out, answers(train_rows, recipe))
+    if not (recipe.resume and evaluation.resume()):
+        evaluation.run("before", trainer.model)
+    trainer.train(resume_from_checkpoint=recipe.resume)
+    trainer.save_model()
+    trainer.save_state()
+    evaluation.run("after", trainer.model)
+    evaluation.run("after_shuffled", trainer.model, shuffled=True)
+    trainer.log(_flat(evaluation.metrics))
+    print_once(f"\n{evaluation.table()}\n\nadapter, scores and completions: {recipe.training.output_dir}")
+    return evaluation
+
+
+class Trainer(SFTTrainer):
+    """TRL's trainer, with an evaluation loss that is a mean over supervised tokens.
+
+    A mean of batch means would move with the evaluation batch size, and weigh a three-token answer like a long one.
+    """
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, **kwargs)
+        loss, correct, tokens = self._sums.tolist()
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics[f"{prefix}_loss"] = loss / max(tokens, 1)
+        output.metrics[f"{prefix}_mean_token_accuracy"] = correct / max(tokens, 1)
+        return output
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, fused_lm_head=True)
+        rows = torch.stack([-outputs.log_probs, outputs.is_top1, outputs.label_mask]).double().sum(dim=2).T  # (rows, 3)
+        # gather_for_metrics drops the rows that were repeated to fill the last batch of all processes.
+        self._sums += self.accelerator.gather_for_metrics(rows.contiguous()).sum(dim=0)
+        return rows[:, 0].sum() / rows[:, 2].sum().clamp(min=1), None, None
+
+
+def _save_environment(recipe: Recipe) -> None:
+    """Writes what the run ran on; versions are what a later surprise is compared with first."""
+    packages = (
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "accelerate",
+        "datasets",
+        "bitsandbytes",
+        "pillow",
+        "sft_phi3v",
+    )
+    environment = {
+        "python": platform.python_version(),
+        "packages": {package: version(package) for package in packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "processes": PartialState().num_processes,
+    }
+    folder = Path(str(recipe.training.output_dir))
+    write_whole(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """`{"after": {"parsed": 1.0}}` → `{"after/parsed": 1.0}`, as trackers take it."""
+    flat: dict[str, float] = {}
+    for key, value in metrics.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m sft_phi3v.run RECIPE [--key value …]`"""
+    train(load_recipe(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    main()
