@@ -1,1 +1,7 @@
 """Fine-tune Phi-3-Vision on your own pictures."""
+
+import logging
+
+# bitsandbytes looks for an optional CPU kernel when it is imported and warns that it has none, on machines where this
+# project does not use it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,0 +1,56 @@
+# The menu. `make demo` and `make test` do their own set-up; everything else does too.
+VENV ?= .venv
+RECIPE ?= recipes/tiny.yaml
+ACCELERATE ?=
+ARGS ?=
+PYTHON3 ?= python3
+BIN := $(VENV)/bin
+LAUNCH := $(BIN)/accelerate launch $(if $(ACCELERATE),--config_file accelerate_configs/$(ACCELERATE).yaml)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint types train preview evaluate tiny-base clean
+
+help:  ## this menu
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  RECIPE=recipes/burberry.yaml  ACCELERATE=ddp  ARGS='--max_steps 20'  say what, on what, and with which changes"
+
+setup: $(VENV)/.ready  ## the virtual environment, as constraints.txt pins it
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; say which: make PYTHON3=python3.12 …"; exit 1; }
+	@$(PYTHON3) -m venv $(VENV) || { echo "On Debian: apt install python3-venv"; exit 1; }
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[dev]
+	@touch $@
+
+demo: setup  ## fine-tune, score and save a tiny model on drawn pictures: CPU, no network, some minutes
+	$(BIN)/python -m sft_phi3v.demo
+
+train: setup  ## fine-tune and score RECIPE
+	$(LAUNCH) sft_phi3v/run.py $(RECIPE) $(ARGS)
+
+preview: setup  ## show what RECIPE would train on, and what is missing; no GPU needed
+	$(BIN)/python -m sft_phi3v.preview $(RECIPE) $(ARGS)
+
+evaluate: setup  ## score the adapter that RECIPE trained
+	$(LAUNCH) sft_phi3v/evaluation.py $(RECIPE) $(ARGS)
+
+tiny-base: setup  ## rebuild the demo's base model, recipes/tiny_base
+	$(BIN)/python -m sft_phi3v.tiny_base --output_dir recipes/tiny_base
+
+test: setup  ## the tests: offline, CPU
+	$(BIN)/python -m pytest
+
+test-slow: setup  ## the tests that take minutes, the demo's scores among them
+	$(BIN)/python -m pytest -m slow
+
+lint: setup  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup  ## mypy
+	$(BIN)/mypy
+
+clean:  ## remove the virtual environment and outputs/
+	rm -rf $(VENV) outputs
