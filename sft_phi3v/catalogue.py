@@ -248,7 +248,7 @@ def _placement(scale: float, side: int, rng: random.Random) -> Callable[[Point],
     scale *= rng.uniform(0.95, 1.05) * side / 2
     stretch = rng.uniform(0.92, 1.08)
     tilt = math.radians(rng.uniform(-7, 7))
-    slack = max(0.0, side / 2 - scale) * 0.7
+    slack = max(0.0, side / 2 - scale) * 0.4
     left, top = side / 2 + rng.uniform(-slack, slack), side / 2 + rng.uniform(-slack, slack)
 
     def place(point: Point) -> Point:
@@ -264,7 +264,7 @@ def _fabric(pattern: str, colour: Colour, side: int, rng: random.Random) -> PILI
     canvas = ImageDraw.Draw(cloth)
     light = sum(colour) > 480
     accent = _shade(colour, 0.5) if light else _shade(colour, 1.75)
-    pitch = rng.uniform(13, 17) * _OVERSAMPLE
+    pitch = rng.uniform(9, 12) * _OVERSAMPLE
     offset = rng.uniform(0, pitch)
     steps = [offset + pitch * step for step in range(-1, int(side / pitch) + 1)]
     if pattern == "striped":

@@ -91,14 +91,17 @@ def _generate_batch(
     model: Phi3VForCausalLM | PeftModel, processor: Phi3VProcessor, examples: list[dict[str, Any]], max_new_tokens: int
 ) -> list[Completion]:
     prompts, references = zip(*(_split_turns(example) for example in examples), strict=True)
-    inputs = processor.apply_chat_template(
-        list(prompts),
-        tokenize=True,
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    ).to(model.device)
+    try:
+        inputs = processor.apply_chat_template(
+            list(prompts),
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        ).to(model.device)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Rows {[example['row'] for example in examples]} cannot be read: {error}") from error
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True)
     stops = model.generation_config.eos_token_id
     stops = {stops} if isinstance(stops, int) else set(stops)

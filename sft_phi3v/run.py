@@ -21,18 +21,18 @@ from sft_phi3v.preview import prepare, print_once
 from sft_phi3v.recipe import Recipe, check_machine, check_output_dir, load_recipe
 
 
-def train(recipe: Recipe) -> Evaluation:
+def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
     """
-    Fine-tunes, and scores before and after by free generation.
+    Everything that can be wrong before training is found here, and what was set up is shown.
 
     Args:
         recipe ([`Recipe`]): The recipe.
 
     Returns:
-        [`Evaluation`]: The scores, which also lie in `output_dir` with the adapter, the processor and the recipe.
+        `tuple[Trainer, Evaluation]`: TRL's trainer with the adapted model, and the held-out rows to score it on.
 
     Raises:
-        ValueError: If the recipe, the machine, the data or the model is not right; before any of them costs time.
+        ValueError: If the recipe, the machine, the data or the model is not right; says what to do about it.
     """
     check_machine(recipe)
     check_output_dir(recipe)
@@ -42,7 +42,7 @@ def train(recipe: Recipe) -> Evaluation:
         model=model,
         args=recipe.training,
         train_dataset=train_set,
-        eval_dataset=held_out if recipe.training.eval_strategy != "no" else None,
+        eval_dataset=held_out,
         data_collator=collator,
         processing_class=collator.processor,
         peft_config=lora_config(recipe, model),
@@ -51,8 +51,18 @@ def train(recipe: Recipe) -> Evaluation:
     if trainer.is_world_process_zero():
         recipe.save(str(recipe.training.output_dir))
         _save_environment(recipe)
+    return trainer, Evaluation(recipe, collator.processor, held_out, answers(train_rows, recipe))
 
-    evaluation = Evaluation(recipe, collator.processor, held_out, answers(train_rows, recipe))
+
+def train(recipe: Recipe, trainer: "Trainer", evaluation: Evaluation) -> None:
+    """
+    Scores, trains, and scores again, by free generation on held-out rows.
+
+    Args:
+        recipe ([`Recipe`]): The recipe.
+        trainer ([`Trainer`]): From [`set_up`].
+        evaluation ([`Evaluation`]): From [`set_up`]; its scores end in `output_dir`, beside adapter and processor.
+    """
     if not (recipe.resume and evaluation.resume()):
         evaluation.run("before", trainer.model)
     trainer.train(resume_from_checkpoint=recipe.resume)
@@ -62,7 +72,6 @@ def train(recipe: Recipe) -> Evaluation:
     evaluation.run("after_shuffled", trainer.model, shuffled=True)
     trainer.log(_flat(evaluation.metrics))
     print_once(f"\n{evaluation.table()}\n\nadapter, scores and completions: {recipe.training.output_dir}")
-    return evaluation
 
 
 class Trainer(SFTTrainer):
@@ -128,7 +137,12 @@ def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     """`python -m sft_phi3v.run RECIPE [--key value …]`"""
-    train(load_recipe(sys.argv[1:] if argv is None else argv))
+    try:
+        recipe = load_recipe(sys.argv[1:] if argv is None else argv)
+        trainer, evaluation = set_up(recipe)
+    except ValueError as error:  # what a person can put right needs no traceback, and needs saying once
+        raise SystemExit(f"error: {error}" if PartialState().is_main_process else 1) from None
+    train(recipe, trainer, evaluation)
 
 
 if __name__ == "__main__":

@@ -4,25 +4,33 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REFERENCE = REPOSITORY.parent / "shared" / "reference"
 TINY_CONFIG = REPOSITORY / "tests" / "data" / "goldens" / "model" / "checkpoints" / "tiny_mha" / "config.json"
-MICROSOFT_VERSIONS = ("phi3_vision", "phi3_5_vision")
 
 
-def microsoft_folder(version: str) -> Path:
-    """The folder with the config and tokenizer files of one released model; skips the test where it is absent."""
-    folder = REFERENCE / version
-    if not (folder / "tokenizer.json").is_file():
-        pytest.skip(f"Microsoft's files of {version} are not in the repository: {folder} does not exist")
-    return folder
+@pytest.fixture(scope="session")
+def microsoft_folder():
+    """Function: version → folder with the config and tokenizer files of that released model; skips where absent."""
+
+    def folder_of(version: str) -> Path:
+        folder = REFERENCE / version
+        if not (folder / "tokenizer.json").is_file():
+            pytest.skip(f"Microsoft's files of {version} are not in the repository: {folder} does not exist")
+        return folder
+
+    return folder_of
 
 
-@pytest.fixture(scope="session", params=MICROSOFT_VERSIONS)
-def reference_folder(request):
+@pytest.fixture(scope="session", params=["phi3_vision", "phi3_5_vision"])
+def reference_folder(request, microsoft_folder):
+    """The folder of each released model in turn; skips where absent."""
     return microsoft_folder(request.param)
 
 
@@ -118,3 +126,87 @@ def small_folder(tmp_path_factory):
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor_config))
     (folder / "config.json").write_text(TINY_CONFIG.read_text())
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, small_folder):
+    """A whole random model that can be quantised (widths are multiples of 64), with the small tokenizer."""
+    from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
+
+    folder = tmp_path_factory.mktemp("tiny_phi3_v")
+    config = Phi3VConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        eos_token_id=2,
+        rope_scaling={"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+        img_processor={
+            "name": "clip_vision_model",
+            "image_dim_out": 64,
+            "num_img_tokens": 144,
+            "clip_config": {
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+            },
+        },
+    )
+    torch.manual_seed(0)
+    Phi3VForCausalLM(config).save_pretrained(folder)
+    Phi3VProcessor.from_pretrained(small_folder, num_crops=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tiny_folder):
+    from sft_phi3v.phi3_v import Phi3VProcessor
+
+    return Phi3VProcessor.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def pictures_folder(tmp_path_factory):
+    """An image folder of three classes, twelve plain pictures each, as `datasets` reads it: the class is `label`."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for colour in ("red", "green", "blue"):
+        (folder / colour).mkdir()
+        for number in range(12):
+            Image.new("RGB", (60 + 3 * number, 80), colour).save(folder / colour / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def write_recipe(tmp_path, tiny_folder, pictures_folder):
+    """Writes a recipe that trains on the CPU within seconds; keyword arguments override its keys."""
+
+    def write(**changes):
+        keys = {
+            "model_name_or_path": str(tiny_folder),
+            "dtype": "float32",
+            "load_in_4bit": True,
+            "use_bnb_nested_quant": True,
+            "use_peft": True,
+            "lora_r": 8,
+            "dataset_name": str(pictures_folder),
+            "answer": "Colour: {label}.",
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "max_new_tokens": 6,
+            "eval_rows": 3,
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in (keys | changes).items() if value is not None}))
+        return str(path)
+
+    return write

@@ -330,10 +330,15 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         # Past the original context, longrope turns from its short to its long factors, and cached keys are rotated by
         # the wrong ones. As in transformers' Phi3: drop the cache once and read everything again, pictures included.
+        # Unlike there, columns that are padding in every row do not count: positions choose the factors, and skip them.
         limit = self.config.original_max_position_embeddings
-        if past_key_values is not None and input_ids.shape[1] > limit and 0 < past_key_values.get_seq_length() <= limit:
-            past_key_values = None
-            kwargs |= {"next_sequence_length": None, "is_first_iteration": True}
+        if past_key_values is not None and input_ids.shape[1] > limit:
+            mask = kwargs.get("attention_mask")
+            padding = 0 if mask is None else int((mask == 0).sum(-1).min())
+            cached = past_key_values.get_seq_length()
+            if input_ids.shape[1] - padding > limit and 0 < cached <= limit + padding:
+                past_key_values = None
+                kwargs |= {"next_sequence_length": None, "is_first_iteration": True}
         return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
 
 

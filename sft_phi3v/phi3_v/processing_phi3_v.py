@@ -143,7 +143,8 @@ class Phi3VProcessor(ProcessorMixin):
         batch = self._pad(encoded, padding, padding_side, pad_to_multiple_of, max_length, return_offsets_mapping)
         if return_pixel_values and any(pictures):
             batch |= self._pixels(pictures, [row["order"] for row in encoded], num_crops)
-        if isinstance(text, str) and return_tensors is None and not pictures[0]:
+        # apply_chat_template() asks for offsets to mark what is supervised, and goes through them row by row.
+        if isinstance(text, str) and return_tensors is None and not pictures[0] and not return_offsets_mapping:
             batch = {key: value[0] for key, value in batch.items()}  # one text in, one row out, as tokenizers do
         return BatchFeature(batch, tensor_type=return_tensors, skip_tensor_conversion=["offset_mapping"])
 

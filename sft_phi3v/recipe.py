@@ -1,0 +1,576 @@
+"""A recipe is one flat YAML file that fixes one run: the model, the data, the training and where the result goes.
+
+Every key is a field of TRL's `ScriptArguments`, `ModelConfig` or `SFTConfig`, or one of our own few in
+[`TaskArguments`]. The command line overrides the file, so this trains the Burberry recipe with four crops per picture:
+
+```python
+>>> recipe = load_recipe(["recipes/burberry.yaml", "--num_crops", "4", "--learning_rate", "1e-4"])
+>>> recipe.task.num_crops, recipe.training.learning_rate, recipe.model.dtype
+(4, 0.0001, 'bfloat16')
+```
+
+TRL's own parser lets `lora_r: 16.5`, `dtype: bfloat32` and a key written twice through, and takes `--lora` for any key
+that starts so. Here every value is held against the annotation of its field before anything is built.
+"""
+
+import difflib
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+if TYPE_CHECKING:  # torch and trl take seconds to import: not for `--help`
+    from trl import ModelConfig, ScriptArguments, SFTConfig
+
+
+@dataclass
+class TaskArguments:
+    """The keys that TRL does not have. A test freezes this list: a new key is a deliberate act."""
+
+    prompt: str = field(
+        default="What is shown in this image?",
+        metadata={"help": "The question put with every picture: a format string over the row's columns."},
+    )
+    answer: str | None = field(
+        default=None,
+        metadata={
+            "help": "The answer to learn, a format string over the row's columns, such as 'Product: {title}'. "
+            "Completions are read back with it. Not for rows that hold `messages` already."
+        },
+    )
+    image_column: str = field(default="image", metadata={"help": "The column that holds the picture (or a list)."})
+    num_crops: int | None = field(
+        default=None,
+        metadata={"help": "Most 336x336 crops a picture is cut into. null: what the checkpoint's processor says."},
+    )
+    held_out: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share (below 1) or number (1 and up) of train rows held out for evaluation, where the data set "
+            "has no `dataset_test_split`."
+        },
+    )
+    overlong: Literal["error", "drop"] = field(
+        default="error",
+        metadata={"help": "Rows longer than `max_length`: 'error' stops and names them, 'drop' leaves them out."},
+    )
+    adapt: list[Literal["language_model", "projector", "vision_tower"]] = field(
+        default_factory=lambda: ["language_model"],
+        metadata={"help": "The parts that get LoRA: language_model, projector, vision_tower."},
+    )
+    eval_rows: int | None = field(
+        default=200,
+        metadata={"help": "Held-out rows scored by generation before and after training. null: all of them."},
+    )
+    max_new_tokens: int = field(default=64, metadata={"help": "Most tokens generated for one completion."})
+    generation_batch_size: int = field(default=8, metadata={"help": "Rows per device generated for at once."})
+
+    def __post_init__(self) -> None:
+        if self.held_out <= 0 or (self.held_out > 1 and self.held_out != int(self.held_out)):
+            raise ValueError(
+                f"`held_out` is {self.held_out}, expected a share above 0 and below 1 (0.1: a tenth of the train "
+                "rows) or a whole number of rows."
+            )
+        if not self.adapt:
+            raise ValueError("`adapt` is empty: name a part, or set `use_peft: false` to train every weight.")
+        for key in ("num_crops", "eval_rows", "max_new_tokens", "generation_batch_size"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"`{key}` is {value}, expected 1 or more.")
+
+
+# The only defaults that differ from TRL's. Everything else a run depends on is written in its recipe.
+DEFAULTS: dict[str, Any] = {
+    "activation_checkpointing": True,  # TRL's default too, but under the name that transformers 5 warns about
+    "max_length": None,  # TRL's 1024 is shorter than one picture (2,509 tokens at 16 crops)
+    "remove_unused_columns": False,  # a row becomes an example only when it is read: its columns must still be there
+}
+
+# Keys that recipes found on the web still hold, and what to write today.
+RENAMED: dict[str, str] = {
+    "adafactor": "write `optim: adafactor`",
+    "bnb_4bit_compute_dtype": "write `dtype`, which is the compute dtype too",
+    "bnb_4bit_use_double_quant": "write `use_bnb_nested_quant`",
+    "dataset_test_name": "write `dataset_test_split`",
+    "dataset_train_name": "write `dataset_train_split`",
+    "evaluation_strategy": "write `eval_strategy`",
+    "fp16_backend": "remove it: there is one backend",
+    "fsdp_min_num_params": "put `min_num_params` into `fsdp_config`, or better: `accelerate launch --config_file`",
+    "fsdp_transformer_layer_cls_to_wrap": "put `transformer_layer_cls_to_wrap` into `fsdp_config`, or better: "
+    "`accelerate launch --config_file`",
+    "gradient_checkpointing": "write `activation_checkpointing`",
+    "gradient_checkpointing_kwargs": "write `activation_checkpointing_kwargs`",
+    "group_by_length": "write `train_sampling_strategy: group_by_length`",
+    "half_precision_backend": "remove it: there is one backend",
+    "include_inputs_for_metrics": "write `include_for_metrics`",
+    "logging_dir": "remove it: trackers choose their own folder",
+    "lora_target": "write `adapt` (or `lora_target_modules` for exact module names)",
+    "max_seq_length": "write `max_length`",
+    "no_cuda": "write `use_cpu`",
+    "overwrite_output_dir": "remove it: give a fresh `output_dir`, or `resume_from_checkpoint`",
+    "per_gpu_eval_batch_size": "write `per_device_eval_batch_size`",
+    "per_gpu_train_batch_size": "write `per_device_train_batch_size`",
+    "push_to_hub_model_id": "write `hub_model_id`",
+    "push_to_hub_token": "write `hub_token` (or log in with `hf auth login`)",
+    "save_safetensors": "remove it: safetensors is the only format",
+    "tokenizer_name_or_path": "remove it: the processor comes with `model_name_or_path`",
+    "torch_dtype": "write `dtype`",
+    "use_flash_attention_2": "write `attn_implementation: flash_attention_2`",
+    "use_mps_device": "remove it: an Apple GPU is found by itself",
+    "use_nested_quant": "write `use_bnb_nested_quant`",
+    "warmup_ratio": "write `warmup_steps`, which takes a fraction below 1 as well",
+}
+
+_MASK = "the collator supervises the assistant's turns and nothing else, whatever this key says"
+_PACK = "a picture's tokens cannot be packed: TRL refuses it for rows with pictures"
+_TEXT = "what the model reads is said by `prompt` and `answer`, or by rows with `messages`"
+_OWN = "the processor of `model_name_or_path` decides it"
+# Keys TRL has that this project would ignore, or that would go wrong silently: only their default is accepted.
+REFUSED: dict[str, str] = {
+    "assistant_only_loss": _MASK,
+    "completion_only_loss": _MASK,
+    "packing": _PACK,
+    "eval_packing": _PACK,
+    "padding_free": _PACK,
+    "dataset_text_field": _TEXT,
+    "dataset_kwargs": _TEXT,
+    "chat_template_path": _OWN,
+    "eos_token": _OWN,
+    "pad_token": _OWN,
+    "dataset_streaming": "streaming is not supported yet: the held-out split and the checks need every row",
+    "model_init_kwargs": "write `dtype`, `attn_implementation` and `model_revision` instead",
+    "remove_unused_columns": "a row becomes an example only when it is read, so its columns must stay",
+    "truncation_mode": "a row is never cut: see `max_length` and `overlong`",
+    "trust_remote_code": "the model is native here and runs no code from the Hub",
+}
+
+_REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    One run, fixed.
+
+    Args:
+        script ([`~trl.ScriptArguments`]): Which data set and which of its splits.
+        model ([`~trl.ModelConfig`]): Base model, quantisation, LoRA.
+        training ([`~trl.SFTConfig`]): Training, evaluation, tracking, output.
+        task ([`TaskArguments`]): Our own keys.
+        settings (`dict[str, Any]`):
+            The keys as the file and the command line gave them, checked and converted, and [`DEFAULTS`]. What is not
+            here has TRL's default.
+        path (`str`): The file it came from.
+    """
+
+    script: "ScriptArguments"
+    model: "ModelConfig"
+    training: "SFTConfig" = field(repr=False)  # its repr shows hub_token
+    task: TaskArguments
+    settings: dict[str, Any] = field(repr=False)
+    path: str = field(compare=False)
+
+    @property
+    def resume(self) -> bool | str | None:
+        """`resume_from_checkpoint` as `Trainer.train` wants it: `"true"` means the last checkpoint in `output_dir`."""
+        given = self.training.resume_from_checkpoint
+        return {"true": True, "false": None}.get(given.lower(), given) if given else None
+
+    def dump(self) -> dict[str, Any]:
+        """
+        The resolved recipe, as [`load_recipe`] reads it back.
+
+        Returns:
+            `dict[str, Any]`:
+                Every key that was given or differs from TRL's default; no secret, and no `resume_from_checkpoint`,
+                which says how a run was started and not what it is.
+        """
+        left_out = {"hub_token", "resume_from_checkpoint"}
+        dumped = {key: value for key, value in self.settings.items() if key not in left_out}
+        if "env" in dumped:
+            dumped["env"] = {name: value for name, value in dumped["env"].items() if not _is_secret(name)}
+        return dumped
+
+    def save(self, output_dir: str | os.PathLike[str]) -> Path:
+        """
+        Write the resolved recipe ([`Recipe.dump`]), which [`load_recipe`] reads back as an equal [`Recipe`].
+
+        Args:
+            output_dir (`str` or `os.PathLike`): Folder of the run, made if need be.
+
+        Returns:
+            `Path`: `output_dir/recipe.yaml`.
+        """
+        path = Path(output_dir, "recipe.yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")  # a run that dies here leaves no half recipe
+        text = yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True, width=119)
+        aside.write_text(f"# {self.path}, resolved\n{text}", encoding="utf-8")
+        os.replace(aside, path)
+        return path
+
+
+def load_recipe(argv: list[str]) -> Recipe:
+    """
+    Read a recipe file and the overrides that follow it, `RECIPE [--key value ...]`.
+
+    Works on any machine, with the GPU the recipe asks for or without: what runs the model calls [`check_machine`].
+    Sets the environment variables of the recipe's `env:` block, as TRL does.
+
+    Args:
+        argv (`list[str]`): `sys.argv[1:]`. The path comes first, or after `--config`.
+
+    Returns:
+        [`Recipe`]: The recipe, every value checked.
+
+    Raises:
+        ValueError: Names every key that is unknown, renamed, mistyped or written twice, and what to write instead.
+        SystemExit: After `--help`.
+    """
+    if not argv or "--help" in argv or "-h" in argv:
+        print(help_text())
+        raise SystemExit(0 if argv else 2)
+    path, overrides = _split_argv(argv)
+    written = _read_yaml(path)
+
+    from transformers.utils import is_torch_bf16_gpu_available
+    from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+    parts: Any = (ScriptArguments, ModelConfig, SFTConfig, TaskArguments)
+    kinds = {name: kind for part in parts for name, kind in get_type_hints(part).items()}
+    kinds["lora_target_modules"] = str | list[str] | None  # a pattern too, as TRL documents and its annotation forgets
+    known = {item.name: (kinds[item.name], item) for part in parts for item in fields(part) if item.init}
+
+    problems: list[str] = []
+    env = written.pop("env", {})
+    if not isinstance(env, dict) or any(isinstance(value, dict | list) for value in env.values()):
+        problems.append(f"{path}: `env` is {env!r}, expected a mapping of variable names to values.")
+    settings: dict[str, Any] = {"env": env} if env else {}
+    settings |= DEFAULTS
+    for source, given in ((path, written), ("command line", overrides)):
+        for key, value in given.items():
+            try:
+                settings[key] = _checked(key, value, known, typed=source is not path)
+            except ValueError as error:
+                problems.append(f"{source}: {error}")
+    if not problems:
+        problems += [f"{path}: `{key}` is missing: a recipe names it." for key in _REQUIRED if not settings.get(key)]
+        problems += [f"{path}: {problem}" for problem in _conflicts(settings, known)]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+    os.environ.update({name: str(value) for name, value in env.items()})
+    values = {key: value for key, value in settings.items() if key != "env"}
+    if _wants_bf16(values) and not is_torch_bf16_gpu_available():
+        values["use_cpu"] = True  # SFTConfig would raise here, on every machine that only looks at the recipe
+    try:
+        script, model, training, task = TrlParser(parts).parse_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    # ModelConfig makes text of a list of one name, which PEFT then takes for a pattern that must match the whole path.
+    model.lora_target_modules = settings.get("lora_target_modules")
+    return Recipe(script, model, training, task, settings, path)
+
+
+def check_machine(recipe: Recipe) -> None:
+    """
+    Refuse a recipe that this machine cannot run. To be called before the model is loaded.
+
+    Args:
+        recipe ([`Recipe`]): The recipe.
+
+    Raises:
+        ValueError: No GPU for a recipe that wants one; a GPU without bfloat16; several GPUs and no launcher.
+    """
+    import torch
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    settings, launch = recipe.settings, f"accelerate launch sft_phi3v/run.py {recipe.path}"
+    if settings.get("use_cpu"):
+        return
+    if not torch.accelerator.is_available():
+        wants = [f"{key}: true" for key in ("bf16", "fp16", "load_in_4bit", "load_in_8bit") if settings.get(key)]
+        raise ValueError(
+            f"{recipe.path} is for a GPU ({', '.join(wants) or 'no use_cpu'}) and this machine shows none. If it has "
+            "one, look at `nvidia-smi`, CUDA_VISIBLE_DEVICES and whether torch is a CUDA build. To run it on the CPU, "
+            "which suits tiny models only, add: --use_cpu true --bf16 false --dtype float32"
+        )
+    if _wants_bf16(settings) and not is_torch_bf16_gpu_available():
+        raise ValueError(
+            f"{recipe.path} says `bf16: true` and this GPU has no bfloat16 (NVIDIA has it from Ampere on). Add: "
+            "--bf16 false --fp16 true --dtype float16"
+        )
+    if recipe.training.n_gpu > 1:
+        raise ValueError(
+            f"{recipe.training.n_gpu} GPUs are visible and no launcher started this process. For all of them: "
+            f"{launch}. For one: CUDA_VISIBLE_DEVICES=0 {launch}"
+        )
+
+
+def check_output_dir(recipe: Recipe) -> None:
+    """
+    Refuse an `output_dir` that already holds another run, so that no result is overwritten or mixed.
+
+    The same recipe may start over in its own folder; `resume_from_checkpoint` continues what lies there.
+
+    Args:
+        recipe ([`Recipe`]): The recipe.
+
+    Raises:
+        ValueError: The folder holds another run, or there is nothing to resume from.
+    """
+    folder = Path(typing.cast(str, recipe.training.output_dir))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`output_dir` is {str(folder)!r}, which is a file, expected a folder.")
+    checkpoints = [found.name for found in folder.glob("checkpoint-*") if found.is_dir()]
+    if recipe.resume is True and not checkpoints:
+        raise ValueError(
+            f"`resume_from_checkpoint` is given and `output_dir` {str(folder)!r} holds no checkpoint-* folder to "
+            "resume from. Remove the key to start, or give the path of a checkpoint."
+        )
+    if isinstance(recipe.resume, str) and not Path(recipe.resume).is_dir():
+        raise ValueError(
+            f"`resume_from_checkpoint` is {recipe.resume!r}, which is no folder, expected a checkpoint-* folder or "
+            f"true for the last one in {str(folder)!r} (there: {', '.join(checkpoints) or 'none'})."
+        )
+    if recipe.resume:
+        return
+    saved = folder / "recipe.yaml"
+    if saved.is_file():
+        before, now = _read_yaml(str(saved)), recipe.dump()
+        differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if not differ:
+            return
+        reason = f"a run of another recipe ({saved} differs in {', '.join(differ)})"
+    else:
+        traces = ("checkpoint-*", "adapter_*", "*.safetensors", "metrics.json", "completions.jsonl")
+        found = sorted({file.name for trace in traces for file in folder.glob(trace)})
+        if not found:
+            return
+        reason = f"a run ({', '.join(found[:3])})"
+    raise ValueError(
+        f"`output_dir` {str(folder)!r} already holds {reason}. Give a fresh folder (--output_dir ...), or continue "
+        "that run (--resume_from_checkpoint true)."
+    )
+
+
+def help_text() -> str:
+    """What `--help` prints: usage, our own keys, and where the rest is described."""
+    lines = [
+        "usage: python -m sft_phi3v.<verb> RECIPE [--key value ...]",
+        "       accelerate launch sft_phi3v/run.py RECIPE [--key value ...]",
+        "",
+        "RECIPE is a YAML file of flat keys (recipes/*.yaml); --key value overrides one of them. Our own keys:",
+        "",
+    ]
+    for item, default in zip(fields(TaskArguments), vars(TaskArguments()).values(), strict=True):
+        lines.append(f"  --{item.name} ({json.dumps(default)})\n      {item.metadata['help']}")
+    lines += [
+        "",
+        "All other keys are TRL's: ScriptArguments (dataset_*), ModelConfig (model, quantisation, LoRA) and SFTConfig",
+        "(training): https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig",
+    ]
+    return "\n".join(lines)
+
+
+def _split_argv(argv: list[str]) -> tuple[str, dict[str, list[str]]]:
+    """`["a.yaml", "--lora-r", "8", "--adapt=projector"]` -> `"a.yaml", {"lora_r": ["8"], "adapt": ["projector"]}`."""
+    path, given, key = None, dict[str, list[str]](), None
+    for token in argv:
+        if token.startswith("--"):  # -1 is a value
+            name, equals, value = token[2:].partition("=")
+            key = name.replace("-", "_")
+            if key in given:
+                raise ValueError(f"command line: `--{key}` is given twice. Keep one of them.")
+            given[key] = [value] if equals else []
+        elif key is None and path is None:
+            path = token
+        elif key is None:
+            raise ValueError(f"command line: {token!r} follows the recipe {path}, expected --key value.")
+        else:
+            given[key].append(token)
+    if "config" in given:
+        if path is not None or len(given["config"]) != 1:
+            raise ValueError("command line: give one recipe, as the first word or after --config.")
+        path = given.pop("config")[0]
+    if path is None:
+        raise ValueError(f"command line: no recipe: the first word must be a YAML file, such as {_some_recipes()}.")
+    return path, given
+
+
+def _some_recipes() -> str:
+    return ", ".join(str(found) for found in sorted(Path("recipes").glob("*.yaml"))) or "recipes/burberry.yaml"
+
+
+class _Loader(yaml.SafeLoader):
+    """`yaml.SafeLoader` that refuses a key written twice, where YAML lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            first = lines.setdefault(str(key.value), line)
+            if first != line:
+                raise ValueError(f"`{key.value}` is written twice, in lines {first} and {line}. Keep one.")
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise ValueError(f"no recipe at {path!r} (paths count from {os.getcwd()}). There are: {_some_recipes()}.")
+    try:
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds {type(loaded).__name__}, expected lines of `key: value`.")
+    return loaded
+
+
+def _checked(key: Any, value: Any, known: Mapping[str, Any], *, typed: bool) -> Any:
+    """The value of one key, converted to what its field wants; `typed`: a list of words from the command line."""
+    shown = " ".join(value) if typed else value
+    if key in RENAMED:
+        raise ValueError(f"`{key}: {shown}` is a key of older releases: {RENAMED[key]}.")
+    if key not in known:
+        close = difflib.get_close_matches(str(key).removeprefix("no_").replace("-", "_"), known, n=1)
+        hint = f"Did you mean `{close[0]}`?" if close else "`--help` lists our own and says where TRL's are described."
+        raise ValueError(f"`{key}` is not a recipe key. {hint}")
+    kind, item = known[key]
+    choices = [str(choice) for choice in item.metadata.get("choices", ())] or _choices(kind)
+    if typed and not value and bool not in (kind, *get_args(kind)):
+        raise ValueError(f"`--{key}` stands alone, expected a value after it: {_in_words(kind, choices)}.")
+    if typed:  # `--use_cpu` alone means true; several words make a list
+        value = value if len(value) > 1 else value[0] if value else True
+    try:
+        try:
+            fitted = _fit(value, kind, typed=typed)
+        except _Misfit:  # YAML 1.1 reads 1e-4 as text: TRL converts it as it would from the command line, and so do we
+            fitted = _fit(value, kind, typed=True)
+        if choices and isinstance(fitted, str) and fitted not in choices:
+            raise _Misfit
+    except _Misfit:
+        hint = ""
+        if close := difflib.get_close_matches(str(value), choices, n=1):
+            hint = f" Did you mean {close[0]!r}?"
+        elif value is False and "no" in choices:
+            hint = " YAML reads a bare no as false: write 'no' in quotes."
+        elif isinstance(value, int | float) and str in (kind, *get_args(kind)) and not choices:
+            hint = f" Put it in quotes: '{str(value).lower()}'."
+        raise ValueError(f"`{key}` is {shown!r}, expected {_in_words(kind, choices)}.{hint}") from None
+    return fitted
+
+
+class _Misfit(Exception):
+    """A value that the annotation of its field does not allow."""
+
+
+def _fit(value: Any, kind: Any, *, typed: bool) -> Any:
+    """`value` as the annotation `kind` allows it; text that was `typed` is converted first, as argparse would."""
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _fit_first(value, inner, typed=typed)
+    if typed and isinstance(value, str) and origin is not str:
+        value = _from_text(value, origin)
+    if origin is list and isinstance(value, list):
+        return [_fit(one, inner[0], typed=typed) for one in value]
+    if origin is Literal:
+        fits = any(one == value and type(one) is type(value) for one in inner)
+    elif isinstance(origin, type) and issubclass(origin, Enum):
+        fits = value in [one.value for one in origin]
+    elif origin in (int, float):
+        fits = isinstance(value, (int, origin)) and not isinstance(value, bool)
+    else:
+        fits = origin is Any or isinstance(value, origin)
+    if not fits:
+        raise _Misfit
+    return value
+
+
+def _fit_first(value: Any, kinds: tuple[Any, ...], *, typed: bool) -> Any:
+    """The first of several annotations that fits; text comes late, since everything typed is text."""
+    named = any(isinstance(kind, type) and issubclass(kind, Enum) for kind in kinds)  # then `str` only means its names
+    for kind in sorted(kinds, key=lambda kind: 2 if get_origin(kind) is list else kind is str):
+        try:
+            if not (named and kind is str):
+                return _fit(value, kind, typed=typed)
+        except _Misfit:
+            continue
+    raise _Misfit
+
+
+def _from_text(text: str, kind: Any) -> Any:
+    """`"1e-4"` -> 0.0001, `"yes"` -> True, `"[a, b]"` or `"a"` -> a list, `"null"` -> None, where `kind` wants that."""
+    try:
+        if kind in (int, float):
+            return kind(text)
+        if kind is list and not text.startswith("["):
+            return [text]
+        return yaml.safe_load(text) if kind in (bool, list, dict, types.NoneType) else text
+    except (ValueError, yaml.YAMLError):
+        raise _Misfit from None
+
+
+def _choices(kind: Any) -> list[str]:
+    """The words that an annotation made of Literals or an Enum allows; none if it allows any text."""
+    if isinstance(kind, type):
+        return [str(one.value) for one in kind] if issubclass(kind, Enum) else []
+    if get_origin(kind) is Literal:
+        return [str(one) for one in get_args(kind)]
+    return [word for inner in get_args(kind) for word in _choices(inner)]
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
+_WORDS |= {types.NoneType: "null"}
+
+
+def _in_words(kind: Any, choices: list[str]) -> str:
+    """An annotation in the reader's words: `int | None` -> "a whole number or null"."""
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_in_words(one, choices) for one in inner))
+    if origin is list:
+        return f"a list of {_in_words(inner[0], choices)}"
+    if choices and (origin is str or origin not in _WORDS):
+        return f"one of {', '.join(choices)}"
+    return _WORDS.get(origin, f"a {getattr(origin, '__name__', origin)}")
+
+
+def _conflicts(settings: dict[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that are each valid and together, or in this project, would go wrong without a word."""
+    for key, reason in REFUSED.items():
+        allowed = DEFAULTS.get(key, known[key][1].default)
+        if settings.get(key, allowed) != allowed:
+            yield f"`{key}: {settings[key]}` is refused: {reason}. Remove it."
+    bits = [key for key in ("load_in_4bit", "load_in_8bit") if settings.get(key)]
+    if len(bits) == 2:
+        yield "`load_in_4bit` and `load_in_8bit` are both true. Keep one."
+    if bits and not settings.get("use_peft"):
+        yield f"`{bits[0]}: true` without `use_peft: true`: quantised weights cannot be trained, adapters on them can."
+    if bits and "dtype" not in settings:
+        yield f"`{bits[0]}: true` without `dtype` would compute in TRL's float32. Write bfloat16 (float32 on a CPU)."
+    if "adapt" in settings and not settings.get("use_peft"):
+        yield "`adapt` without `use_peft: true`: nothing would be adapted, every weight would be trained."
+    if "report_to" in settings and settings["report_to"] is None:
+        yield "`report_to` is null. Write none (in words) for no tracker."
+
+
+def _wants_bf16(settings: Mapping[str, Any]) -> bool:
+    """Whether SFTConfig will ask for a GPU with bfloat16: TRL's `bf16` is true unless `fp16` is."""
+    bf16 = settings.get("bf16")
+    wanted = not settings.get("fp16") if bf16 is None else bf16
+    return bool(wanted or settings.get("bf16_full_eval")) and not settings.get("use_cpu")
+
+
+def _is_secret(variable: str) -> bool:
+    return re.search("TOKEN|SECRET|PASSW|KEY", variable, re.IGNORECASE) is not None

@@ -1,0 +1,217 @@
+"""Scores worked out by hand, generation against generation one by one, and pictures that are really shuffled."""
+
+import io
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from sft_phi3v.evaluation import Completion, Evaluation, Scorer, ShuffledPictures, generate
+from sft_phi3v.phi3_v import Phi3VForCausalLM
+from sft_phi3v.recipe import load_recipe
+
+ANSWER = "Product: {title}, Category: {category}, Full Price: {price}"
+
+
+def said(title, category, price):
+    return f"Product: {title}, Category: {category}, Full Price: {price}"
+
+
+REFERENCES = [said("Red Coat", "COATS", "1000.0"), said("Blue Hat", "HATS", "200.0"), said("A, B", "COATS", "50.0")]
+
+
+def completions(*texts, stopped=True):
+    return [
+        Completion(row, reference, text, stopped)
+        for row, (reference, text) in enumerate(zip(REFERENCES, texts, strict=True))
+    ]
+
+
+def test_scores_worked_out_by_hand():
+    scorer = Scorer(ANSWER, REFERENCES)
+    found = scorer.score(
+        completions(
+            said("Red Coat", "COATS", "1,090.00"),  # 9 % off
+            said("Green Hat", "HATS", "250"),  # title wrong, 25 % off
+            "a picture of a coat",  # does not parse: wrong in every field
+        )
+    )
+    assert found == {
+        "rows": 3,
+        "parsed": pytest.approx(2 / 3),
+        "stopped": 1.0,
+        "fields": {
+            "title": {"exact": pytest.approx(1 / 3)},
+            "category": {"exact": pytest.approx(2 / 3)},
+            "price": {"median_ape": pytest.approx(0.17), "within_10pct": pytest.approx(1 / 3)},
+        },
+    }
+
+
+def test_perfect_completions_score_perfectly_and_stopping_is_counted():
+    scorer = Scorer(ANSWER, REFERENCES)
+    found = scorer.score(completions(*REFERENCES, stopped=False))
+    assert (found["parsed"], found["stopped"]) == (1.0, 0.0)
+    assert found["fields"]["title"] == {"exact": 1.0}
+    assert found["fields"]["price"] == {"median_ape": 0.0, "within_10pct": 1.0}
+
+
+def test_a_price_that_is_no_number_is_wrong_but_has_no_error_to_take_a_median_of():
+    scorer = Scorer(ANSWER, REFERENCES)
+    found = scorer.score(completions(*[said("Red Coat", "COATS", "dear")] * 3))
+    assert found["fields"]["price"] == {"median_ape": None, "within_10pct": 0.0}
+
+
+def test_a_field_is_a_number_only_if_every_reference_says_so():
+    assert Scorer(ANSWER, REFERENCES).numeric == {"price"}
+    assert Scorer(ANSWER, [*REFERENCES, said("x", "y", "on request")]).numeric == set()
+
+
+def test_a_reference_of_zero_divides_nothing():
+    reference = said("x", "y", "0")
+    scorer = Scorer(ANSWER, [reference])
+    right = scorer.score([Completion(0, reference, reference, True)])
+    wrong = scorer.score([Completion(0, reference, said("x", "y", "5"), True)])
+    assert right["fields"]["price"] == {"median_ape": 0.0, "within_10pct": 1.0}
+    assert wrong["fields"]["price"] == {"median_ape": None, "within_10pct": 0.0}
+    json.dumps(wrong, allow_nan=False)
+
+
+def test_the_baseline_is_the_majority_and_the_median_of_the_training_rows():
+    scorer = Scorer(ANSWER, REFERENCES)
+    train = [said("Red Coat", "HATS", "100"), said("Red Coat", "HATS", "190"), said("Old Bag", "BAGS", "9000")]
+    found = scorer.baseline(train, REFERENCES)
+    assert found["fields"]["title"] == {"exact": pytest.approx(1 / 3)}
+    assert found["fields"]["category"] == {"exact": pytest.approx(1 / 3)}
+    # 190 against 1000, 200 and 50: errors 0.81, 0.05 and 2.8
+    assert found["fields"]["price"] == {"median_ape": pytest.approx(0.81), "within_10pct": pytest.approx(1 / 3)}
+
+
+def test_without_a_template_the_whole_answer_is_the_field():
+    scorer = Scorer(None, ["a cat", "two dogs"])
+    found = scorer.score([Completion(0, "a cat", "a cat", True), Completion(1, "two dogs", "a dog", True)])
+    assert found["fields"] == {"answer": {"exact": 0.5}}
+
+
+def rows(colours, per_row=1):
+    return [
+        {
+            "images": [Image.new("RGB", (64, 48 + 16 * index), colour)] * per_row,
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}] * per_row + [{"type": "text", "text": "What" * (index + 1)}],
+                },
+                {"role": "assistant", "content": [{"type": "text", "text": colour}]},
+            ],
+            "row": index,
+        }
+        for index, colour in enumerate(colours)
+    ]
+
+
+def test_every_row_gets_another_rows_pictures_and_keeps_the_rest():
+    examples = rows(["red", "green", "blue", "white", "black"])
+    shuffled = list(ShuffledPictures(examples, seed=0))
+    given = [id(example["images"][0]) for example in shuffled]
+    own = [id(example["images"][0]) for example in examples]
+    assert sorted(given) == sorted(own)
+    assert all(new != old for new, old in zip(given, own, strict=True))
+    assert [example["messages"] for example in shuffled] == [example["messages"] for example in examples]
+    assert given == [id(example["images"][0]) for example in ShuffledPictures(examples, seed=0)]
+
+
+def test_pictures_are_shuffled_among_rows_with_as_many():
+    examples = [*rows(["red", "green"], per_row=2), *rows(["blue", "white", "black"]), *rows(["pink"], per_row=0)]
+    shuffled = list(ShuffledPictures(examples, seed=1))
+    assert [len(example["images"]) for example in shuffled] == [2, 2, 1, 1, 1, 0]
+    assert all(new["images"] is not old["images"] for new, old in zip(shuffled[:5], examples[:5], strict=True))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder):
+    return Phi3VForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+
+
+def test_batched_generation_gives_what_one_by_one_gives(model, tiny_processor):
+    examples = [*rows(["red", "green", "blue"]), *rows(["pink"], per_row=0), *rows(["black"], per_row=2)]
+    model.train()
+    together = generate(model, tiny_processor, examples, max_new_tokens=5, batch_size=3)
+    alone = [generate(model, tiny_processor, [one], max_new_tokens=5, batch_size=1)[0] for one in examples]
+    assert together == alone
+    assert model.training  # as it was found
+    assert [completion.reference for completion in together] == ["red", "green", "blue", "pink", "black"]
+
+
+def test_generation_sees_the_prompt_and_never_the_answer(model, tiny_processor):
+    examples = rows(["red"])
+    changed = rows(["red"])
+    changed[0]["messages"][1]["content"][0]["text"] = "something else"
+    first, second = (
+        generate(model, tiny_processor, row, max_new_tokens=5, batch_size=1)[0] for row in (examples, changed)
+    )
+    assert first.text == second.text
+    assert (first.reference, second.reference) == ("red", "something else")
+
+
+def test_generation_stops_at_the_end_of_the_turn(model, tiny_processor):
+    assert set(model.generation_config.eos_token_id) == {32007, 32000}
+
+    def end_every_turn(module, inputs, logits):
+        logits[..., 32007] = 1e4
+        return logits
+
+    hook = model.lm_head.register_forward_hook(end_every_turn)
+    try:
+        found = generate(model, tiny_processor, rows(["red", "green"]), max_new_tokens=5, batch_size=2)
+    finally:
+        hook.remove()
+    assert [(completion.text, completion.stopped) for completion in found] == [("", True)] * 2
+
+
+def test_a_picture_that_cannot_be_decoded_is_named_by_its_row(model, tiny_processor):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "png")
+    broken = rows(["red", "green"])
+    broken[1]["images"] = [Image.open(io.BytesIO(file.getvalue()[:60]))]
+    with pytest.raises(ValueError, match=r"Rows \[1, 0\] cannot be read: image file is truncated"):
+        generate(model, tiny_processor, broken, max_new_tokens=5, batch_size=2)
+
+
+def test_files_are_written_whole_and_read_back_on_resume(write_recipe, model, tiny_processor, tmp_path):
+    from datasets import Dataset
+
+    from sft_phi3v.data import to_examples
+
+    recipe = load_recipe([write_recipe(answer="{title}", eval_rows=2)])
+    source = Dataset.from_dict(
+        {"image": [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")], "title": ["a", "b", "c"]}
+    )
+    held_out = to_examples(source, recipe)
+    evaluation = Evaluation(recipe, tiny_processor, held_out, ["a"])
+    assert not evaluation.resume()
+    evaluation.run("before", model)
+    folder = tmp_path / "out"
+    lines = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    assert len(lines) == 2  # eval_rows
+    assert all(line["before"].keys() == {"text", "stopped", "fields"} for line in lines)
+    assert sorted(path.name for path in folder.iterdir()) == ["completions.jsonl", "metrics.json"]
+
+    again = Evaluation(recipe, tiny_processor, held_out, ["a"])
+    assert again.resume()
+    assert again.metrics == evaluation.metrics == json.loads((folder / "metrics.json").read_text())
+    assert again.completions == evaluation.completions
+    (folder / "completions.jsonl").write_text('{"row": 0, "reference": "a"')  # cut short by someone else
+    assert not Evaluation(recipe, tiny_processor, held_out, ["a"]).resume()
+
+
+def test_the_table_shows_every_score(write_recipe, tiny_processor):
+    scorer = Scorer(ANSWER, REFERENCES)
+    evaluation = Evaluation.__new__(Evaluation)
+    evaluation.scorer = scorer
+    evaluation.metrics = {name: scorer.score(completions(*REFERENCES)) for name in ("after", "before")}
+    table = evaluation.table().splitlines()
+    assert [line.split()[0] for line in table[1:]] == ["before", "after"]
+    assert "price: within 10%" in table[0]
+    assert table[1].split() == ["before", "3", "100.0%", "100.0%", "100.0%", "100.0%", "0.0%", "100.0%"]

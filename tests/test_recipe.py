@@ -1,0 +1,318 @@
+"""Every recipe of the repository loads, and every way to get a key wrong is refused in the user's words."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from trl import ModelConfig, ScriptArguments, SFTConfig
+
+from sft_phi3v.recipe import (
+    DEFAULTS,
+    REFUSED,
+    RENAMED,
+    Recipe,
+    TaskArguments,
+    check_machine,
+    check_output_dir,
+    help_text,
+    load_recipe,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+MINIMAL = "model_name_or_path: m\ndataset_name: d\noutput_dir: out\nuse_cpu: true\nbf16: false\n"
+TRL_KEYS = {field.name for part in (ScriptArguments, ModelConfig, SFTConfig) for field in dataclasses.fields(part)}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def load(text: str = "", *argv: str, base: str = MINIMAL) -> Recipe:
+    Path("a.yaml").write_text(base + text)
+    return load_recipe(["a.yaml", *argv])
+
+
+def refused(*args: str, **keys: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        load(*args, **keys)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_survives_being_saved(path, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    recipe = load_recipe([str(path)])
+    saved = recipe.save(tmp_path / "out")
+    assert load_recipe([str(saved)]) == recipe
+    assert sorted(os.listdir(tmp_path / "out")) == ["recipe.yaml"]
+
+
+def test_burberry_says_what_it_needs():
+    recipe = load_recipe([str(REPOSITORY / "recipes" / "burberry.yaml")])
+    assert recipe.model.model_name_or_path == "microsoft/Phi-3-vision-128k-instruct"
+    assert (recipe.model.dtype, recipe.model.load_in_4bit, recipe.model.use_bnb_nested_quant) == (
+        "bfloat16",
+        True,
+        True,
+    )
+    assert recipe.task.answer == "Product: {title}, Category: {category3_code}, Full Price: {full_price}"
+    assert recipe.training.bf16 and recipe.training.report_to == ["wandb"]
+    assert os.environ["WANDB_PROJECT"] == "sft-phi3v"
+    assert 30 <= len(recipe.settings) <= 50
+
+
+def test_our_own_keys_are_these():
+    ours = [field.name for field in dataclasses.fields(TaskArguments)]
+    assert ours == [
+        *("prompt", "answer", "image_column", "num_crops", "held_out", "overlong", "adapt"),
+        *("eval_rows", "max_new_tokens", "generation_batch_size"),
+    ]
+    assert not TRL_KEYS & set(ours)
+    assert all(f"--{key} " in help_text() for key in ours)
+
+
+def test_the_lists_of_keys_match_the_installed_libraries():
+    deprecated = {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
+    assert set(RENAMED) & TRL_KEYS == deprecated, "these keys exist (again)"
+    assert set(REFUSED) <= TRL_KEYS and set(DEFAULTS) <= TRL_KEYS
+    named = {word.split(":")[0] for advice in RENAMED.values() for word in advice.split("`")[1::2]}
+    unknown = named - TRL_KEYS - {"adapt", "min_num_params", "transformer_layer_cls_to_wrap"}
+    assert {word for word in unknown if " " not in word} == set(), "advice names a key that does not exist"
+
+
+def test_the_command_line_overrides_the_file():
+    argv = ["--num_crops", "4", "--lora-r=8", "--learning_rate", "1e-3", "--adapt", "projector", "vision_tower"]
+    argv += ["--use_peft", "--max_steps", "-1", "--optim_args", "a=b", "--report_to", "none", "--max_length", "null"]
+    recipe = load("num_crops: 16\nmax_length: 9\n", *argv)
+    assert (recipe.task.num_crops, recipe.model.lora_r, recipe.training.learning_rate) == (4, 8, 1e-3)
+    assert recipe.task.adapt == ["projector", "vision_tower"] and recipe.model.use_peft is True
+    assert (recipe.training.max_steps, recipe.training.max_length, recipe.training.report_to) == (-1, None, [])
+    assert recipe.training.optim_args == "a=b"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['"{title} # {price:.2f}"', "yes", "3", "Is it: red?", "[a]", "1e-4", "{a}"],
+)
+def test_typed_text_stays_as_it_was_typed(text):
+    assert load("", "--prompt", text).task.prompt == text
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),  # text to YAML 1.1
+        ("save_steps: 100", "save_steps", 100),
+        ("warmup_steps: 0.03", "warmup_steps", 0.03),
+        ("adapt: projector\nuse_peft: true", "adapt", ["projector"]),
+        ("lora_target_modules: .*qkv_proj", "lora_target_modules", ".*qkv_proj"),
+        ("lr_scheduler_kwargs: {num_cycles: 2}", "lr_scheduler_kwargs", {"num_cycles": 2}),
+        ("report_to: [wandb, tensorboard]", "report_to", ["wandb", "tensorboard"]),
+        ("max_length: null", "max_length", None),
+        ("eval_strategy: 'no'", "eval_strategy", "no"),
+        ("resume_from_checkpoint: 'true'", "resume_from_checkpoint", "true"),
+    ],
+)
+def test_what_a_file_may_say(line, key, value):
+    assert load(line).settings[key] == value
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("lora_r: 16.5", "a.yaml: `lora_r` is 16.5, expected a whole number."),
+        ("lora_r: true", "`lora_r` is True, expected a whole number."),
+        ("num_crops: [1]", "`num_crops` is [1], expected a whole number or null."),
+        ("num_crops: 0", "`num_crops` is 0, expected 1 or more."),
+        ("held_out: 1.5", "`held_out` is 1.5, expected a share"),
+        ("held_out: 0", "`held_out` is 0, expected a share"),
+        ("use_peft: true\nadapt: []", "`adapt` is empty"),
+        ("adapt: [projektor]", "expected a list of one of language_model, projector, vision_tower."),
+        ("overlong: cut", "`overlong` is 'cut', expected one of error, drop."),
+        ("dtype: bfloat32", "expected one of auto, bfloat16, float16, float32 or null."),
+        ("loss_type: nnl", "`loss_type` is 'nnl', expected one of nll, dft, chunked_nll. Did you mean 'nll'?"),
+        ("optim: adamw_tourch", "Did you mean 'adamw_torch'?"),
+        ("lr_scheduler_type: cosin", "Did you mean 'cosine'?"),
+        ("eval_strategy: no", "YAML reads a bare no as false: write 'no' in quotes."),
+        ("run_name: 2024", "`run_name` is 2024, expected text or null. Put it in quotes: '2024'."),
+        ("packing: maybe", "`packing` is 'maybe', expected true or false."),
+        ("learning_rate: fast", "`learning_rate` is 'fast', expected a number."),
+        ("lr_scheduler_kwargs: [1]", "expected a mapping or text or null."),
+        ("lora_target_modules: {a: 1}", "expected text or a list of text or null."),
+        ("include_for_metrics: [1]", "expected a list of text."),
+        ("num_crop: 4", "`num_crop` is not a recipe key. Did you mean `num_crops`?"),
+        ("lora-r: 4", "`lora-r` is not a recipe key. Did you mean `lora_r`?"),
+        ("zzz: 4", "`zzz` is not a recipe key. `--help` lists"),
+        ("2: 4", "`2` is not a recipe key."),
+        ("torch_dtype: bfloat16", "`torch_dtype: bfloat16` is a key of older releases: write `dtype`."),
+        ("max_seq_length: 9", "write `max_length`"),
+        ("warmup_ratio: 0.1", "write `warmup_steps`, which takes a fraction"),
+        ("gradient_checkpointing: false", "write `activation_checkpointing`"),
+        ("lora_r: 4\nlora_r: 8", "`lora_r` is written twice, in lines 6 and 7."),
+        ("lr_scheduler_kwargs: {a: 1, b: 2}\nlr_scheduler_kwargs: {a: 1}", "written twice"),
+        ("packing: true", "`packing: True` is refused: a picture's tokens"),
+        ("assistant_only_loss: true", "is refused: the collator supervises"),
+        ("completion_only_loss: false", "is refused: the collator supervises"),
+        ("dataset_streaming: true", "is refused: streaming is not supported yet"),
+        ("dataset_text_field: caption", "is refused: what the model reads is said by `prompt` and `answer`"),
+        ("remove_unused_columns: true", "is refused"),
+        ("load_in_4bit: true\nload_in_8bit: true\nuse_peft: true\ndtype: bfloat16", "are both true. Keep one."),
+        ("load_in_4bit: true\ndtype: bfloat16", "without `use_peft: true`"),
+        ("load_in_4bit: true\nuse_peft: true", "`load_in_4bit: true` without `dtype`"),
+        ("adapt: projector", "`adapt` without `use_peft: true`"),
+        ("report_to: null", "Write none"),
+        ("fp16: true\nbf16: true", "At most one of fp16 and bf16"),
+        ("load_best_model_at_end: true", "a.yaml: --load_best_model_at_end requires"),
+        ("env: [WANDB_PROJECT]", "`env` is ['WANDB_PROJECT'], expected a mapping"),
+        ("lora_r: [", "a.yaml is not valid YAML"),
+    ],
+)
+def test_what_a_file_may_not_say(line, words):
+    message = refused(line, base=MINIMAL.replace("bf16: false\n", "") if "bf16" in line else MINIMAL)
+    assert words in message and "\n" not in message.split(" is not valid YAML")[0].split(" --load_best")[0], message
+
+
+def test_several_mistakes_are_told_at_once():
+    message = refused("lora_r: 1.5\nnum_crop: 4\n", "--dtype", "float33")
+    assert len(message.splitlines()) == 3 and "command line: `dtype` is 'float33'" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--lora_r", "16.5"], "command line: `lora_r` is '16.5', expected a whole number."),
+        (["--lora", "16"], "`lora` is not a recipe key."),
+        (["--no_packing"], "`no_packing` is not a recipe key. Did you mean `packing`?"),
+        (["--run_name"], "command line: `--run_name` stands alone, expected a value after it: text or null."),
+        (["--seed", "1", "--seed", "2"], "`--seed` is given twice"),
+        (["--run_name", "two", "words"], "`run_name` is 'two words', expected text or null."),
+        (["b.yaml"], "'b.yaml' follows the recipe a.yaml"),
+        (["--config", "a.yaml"], "give one recipe"),
+    ],
+)
+def test_what_the_command_line_may_not_say(argv, words):
+    assert words in refused("", *argv)
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "dataset_name", "output_dir"])
+def test_a_recipe_must_name(key):
+    assert f"`{key}` is missing" in refused(
+        base="".join(line + "\n" for line in MINIMAL.split("\n") if key not in line)
+    )
+
+
+def test_the_path_may_follow_config_and_must_be_there():
+    load()
+    assert load_recipe(["--config", "a.yaml"]).path == "a.yaml"
+    for argv, words in ((["b.yaml"], "no recipe at 'b.yaml'"), (["--seed", "1"], "command line: no recipe")):
+        with pytest.raises(ValueError, match=words):
+            load_recipe(argv)
+    Path("a.yaml").write_text("- a list\n")
+    with pytest.raises(ValueError, match="expected lines of `key: value`"):
+        load_recipe(["a.yaml"])
+
+
+def test_the_environment_block_is_set_and_saved(monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "before")
+    recipe = load("env: {WANDB_PROJECT: mine, WANDB_API_KEY: abc}\nhub_token: hf_abc\n")
+    assert os.environ.pop("WANDB_API_KEY") == "abc" and os.environ["WANDB_PROJECT"] == "mine"
+    text = recipe.save("out").read_text()
+    assert yaml.safe_load(text)["env"] == {"WANDB_PROJECT": "mine"}
+    assert "abc" not in text and "hf_abc" not in repr(recipe)
+
+
+@pytest.mark.parametrize("written", ["[qkv_proj]", "[qkv_proj, o_proj]", ".*qkv_proj", "null"])
+def test_one_name_in_a_list_stays_a_name(written):
+    """ModelConfig alone would make "qkv_proj" of it, a pattern that matches no module's whole path."""
+    assert load(f"lora_target_modules: {written}").model.lora_target_modules == yaml.safe_load(written)
+
+
+def test_only_given_keys_and_our_defaults_are_saved():
+    assert set(load("seed: 3", "--resume_from_checkpoint", "true").dump()) == {
+        *yaml.safe_load(MINIMAL),
+        "seed",
+        *DEFAULTS,
+    }
+
+
+def test_help_is_there_before_torch_is():
+    code = "import sys; from sft_phi3v.recipe import load_recipe\ntry: load_recipe(['--help'])\n"
+    code += "except SystemExit as end: assert not end.code and 'torch' not in sys.modules and 'trl' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "--num_crops" in done.stdout and "RECIPE" in done.stdout
+
+
+QLORA = MINIMAL.replace("use_cpu: true\nbf16: false\n", "load_in_4bit: true\nuse_peft: true\ndtype: bfloat16\n")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
+def test_a_gpu_recipe_loads_without_a_gpu_and_does_not_run():
+    with pytest.raises(ValueError, match=r"is for a GPU \(load_in_4bit: true\) and this machine shows none") as caught:
+        check_machine(load(base=QLORA))
+    assert "--use_cpu true --bf16 false --dtype float32" in str(caught.value)
+    check_machine(load("", "--use_cpu", "true", "--bf16", "false", "--dtype", "float32", base=QLORA))
+
+
+def test_several_gpus_want_a_launcher(monkeypatch):
+    recipe = load()
+    recipe.settings.pop("use_cpu")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    recipe.training._n_gpu = 4
+    with pytest.raises(
+        ValueError, match=r"4 GPUs are visible and no launcher.*accelerate launch sft_phi3v/run.py a.yaml"
+    ):
+        check_machine(recipe)
+    recipe.training._n_gpu = 1
+    check_machine(recipe)
+
+
+def test_a_gpu_without_bfloat16_is_told_so(monkeypatch):
+    recipe = load(base=QLORA)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match=r"has no bfloat16.*--bf16 false --fp16 true"):
+        check_machine(recipe)
+
+
+def test_an_output_dir_with_another_run_is_refused():
+    load("seed: 1\n").save("out")
+    check_output_dir(load("seed: 1\n"))
+    with pytest.raises(
+        ValueError, match=r"'out' already holds a run of another recipe \(out/recipe.yaml differs in seed\)"
+    ):
+        check_output_dir(load("seed: 2\n"))
+    check_output_dir(load("seed: 2\n", "--output_dir", "fresh"))
+
+
+@pytest.mark.parametrize("trace", ["checkpoint-10", "adapter_model.safetensors", "metrics.json"])
+def test_an_output_dir_with_an_unknown_run_is_refused(trace):
+    Path("out", trace).mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"already holds a run \({trace}\).*--resume_from_checkpoint true"):
+        check_output_dir(load())
+
+
+def test_resuming_needs_a_checkpoint():
+    Path("out").mkdir()
+    check_output_dir(load())
+    with pytest.raises(ValueError, match="holds no checkpoint-"):
+        check_output_dir(load("", "--resume_from_checkpoint", "true"))
+    load("seed: 1\n").save("out")
+    Path("out/checkpoint-5").mkdir()
+    recipe = load("seed: 2\n", "--resume_from_checkpoint", "true")
+    check_output_dir(recipe)
+    assert recipe.resume is True and load().resume is None
+    with pytest.raises(ValueError, match=r"'out/checkpoint-6', which is no folder.*checkpoint-5"):
+        check_output_dir(load("", "--resume_from_checkpoint", "out/checkpoint-6"))
+
+
+def test_an_output_dir_that_is_a_file_is_refused():
+    Path("out").write_text("")
+    with pytest.raises(ValueError, match="which is a file"):
+        check_output_dir(load())

@@ -1,0 +1,344 @@
+"""The whole program on a random model: what it prints, what it writes, and that it goes on where it was cut."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from sft_phi3v import evaluation, preview, run
+from sft_phi3v.data import load_splits, to_examples
+from sft_phi3v.model import load_model
+from sft_phi3v.phi3_v import Phi3VProcessor
+from sft_phi3v.recipe import load_recipe
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def adapter(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def test_a_run_trains_scores_and_leaves_everything_behind(write_recipe, tmp_path, capsys):
+    path = write_recipe(eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True, logging_steps=1)
+    run.main([path])
+    printed = capsys.readouterr().out
+    out = tmp_path / "out"
+
+    # What would have shown a wrong mask, a wrong landing or a wrong quantisation:
+    assert "rows: 32 to train on, 4 held out" in printed
+    assert "⟦Colour: " in printed
+    assert ".<|end|>⟧" in printed
+    assert "<|image|>×313" in printed
+    assert "language_model" in printed
+    assert "4-bit nf4 + float32" in printed
+
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics.keys() == {"before", "after", "after_shuffled", "baseline"}
+    for scores in metrics.values():
+        assert scores.keys() == {"rows", "parsed", "stopped", "fields"}
+        assert scores["rows"] == 3
+        assert scores["fields"].keys() == {"label"}
+        assert scores["fields"]["label"].keys() == {"exact"}
+    lines = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
+    assert all(line.keys() == {"row", "reference", "before", "after", "after_shuffled"} for line in lines)
+    assert all(line["reference"].startswith("Colour: ") for line in lines)
+
+    # LoRA's B matrices start at zero: every one of them has learned something.
+    learned = adapter(out)
+    assert len(learned) == 2 * 8
+    assert all("language_model" in name for name in learned)
+    assert all(weight.abs().sum() > 0 for name, weight in learned.items() if "lora_B" in name)
+
+    # The run can be repeated and understood from its folder alone.
+    assert load_recipe([str(out / "recipe.yaml")]) == load_recipe([path])
+    assert json.loads((out / "environment.json").read_text())["packages"]["trl"]
+    text = "<|user|>\nWhat is this?<|end|>\n<|assistant|>\n"
+    original, saved = (
+        Phi3VProcessor.from_pretrained(load_recipe([path]).model.model_name_or_path),
+        Phi3VProcessor.from_pretrained(out),
+    )
+    assert saved(text=text)["input_ids"] == original(text=text)["input_ids"]
+    assert saved.image_processor.num_crops == original.image_processor.num_crops
+
+
+def test_training_keeps_the_real_stop_tokens(write_recipe, monkeypatch):
+    """Trainer aligns the model's special tokens with the tokenizer's, whose eos is not what ends a turn."""
+    seen = {}
+    original = run.Evaluation.run
+
+    def remember(self, name, model, **kwargs):
+        seen[name] = set(model.generation_config.eos_token_id)
+        return original(self, name, model, **kwargs)
+
+    monkeypatch.setattr(run.Evaluation, "run", remember)
+    run.main([write_recipe(max_steps=1)])
+    assert seen["after"] == seen["before"] == {32007, 32000}
+
+
+def test_a_run_cut_in_the_middle_resumes_to_the_same_weights_bit_for_bit(write_recipe, tmp_path, monkeypatch):
+    changes = {"save_steps": 2, "max_steps": 4, "lora_dropout": 0.1, "eval_strategy": "steps", "eval_steps": 1}
+    run.main([write_recipe(**changes, output_dir=str(tmp_path / "whole"))])
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise PowerCut
+        return original(self, *args, **kwargs)
+
+    original = run.Trainer.training_step
+    path = write_recipe(**changes, output_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Trainer, "training_step", cut)
+        with pytest.raises(PowerCut):
+            run.main([path])
+    assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    before = json.loads((tmp_path / "cut" / "metrics.json").read_text())["before"]
+
+    calls = []
+    generate = evaluation.generate
+    monkeypatch.setattr(
+        evaluation, "generate", lambda *args, **kw: calls.append(kw["description"]) or generate(*args, **kw)
+    )
+    run.main([path, "--resume_from_checkpoint", "true"])
+    whole, resumed = adapter(tmp_path / "whole"), adapter(tmp_path / "cut")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    # What was scored before the cut is taken over, not generated again from half-trained weights.
+    assert calls == ["generate (after)", "generate (after, shuffled)"]
+    assert json.loads((tmp_path / "cut" / "metrics.json").read_text())["before"] == before
+
+
+def conversations(folder, lengths):
+    """Text-only rows whose answers have very different numbers of tokens."""
+    folder.mkdir()
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": "abc " * n}]}
+        for n in lengths
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return str(folder / "rows.jsonl")
+
+
+def trainer_for(recipe):
+    collator, train, held_out, _ = preview.prepare(recipe)
+    return run.Trainer(
+        model=load_model(recipe),
+        args=recipe.training,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=collator,
+        processing_class=collator.processor,
+    )
+
+
+def test_eval_loss_is_a_mean_over_supervised_tokens_whatever_the_batch_size(write_recipe, tmp_path):
+    data = conversations(tmp_path / "text", [1, 2, 3, 5, 8, 13, 21, 34, 1, 1])
+    losses = []
+    for batch_size in (1, 2, 3, 5):
+        path = write_recipe(
+            dataset_name=data, answer=None, held_out=5, load_in_4bit=None, use_bnb_nested_quant=None, use_peft=None,
+            per_device_eval_batch_size=batch_size,
+        )  # fmt: skip
+        trainer = trainer_for(load_recipe([path]))
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses == pytest.approx([losses[0]] * 4, abs=1e-5)
+
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for example in trainer.eval_dataset:
+            batch = trainer.data_collator([example])
+            count = int((batch["labels"] != -100).sum())
+            total += float(trainer.model(**batch).loss) * count
+            tokens += count
+    assert losses[0] == pytest.approx(total / tokens, abs=1e-5)
+
+
+def test_the_loss_does_not_depend_on_how_a_batch_is_split_into_accumulation_steps(write_recipe, tmp_path):
+    data = conversations(tmp_path / "text", [1, 34, 2, 21, 3, 13, 5, 8, 1, 2])
+    found = []
+    for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        path = write_recipe(
+            dataset_name=data, answer=None, held_out=2, load_in_4bit=None, use_bnb_nested_quant=None, lora_dropout=0.0,
+            per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, max_steps=2,
+            logging_steps=1, train_sampling_strategy="sequential", output_dir=str(tmp_path / f"out{batch_size}"),
+            optim="sgd", learning_rate=0.1,
+        )  # fmt: skip
+        run.main([path])
+        history = json.loads((tmp_path / f"out{batch_size}" / "trainer_state.json").read_text())["log_history"]
+        losses = [entry["loss"] for entry in history if "loss" in entry]
+        found.append((losses, adapter(tmp_path / f"out{batch_size}")))
+    (losses, weights), *others = found
+    assert len(losses) == 2
+    for other_losses, other_weights in others:
+        assert other_losses == pytest.approx(losses, abs=1e-5)
+        assert all(torch.allclose(weights[name], other_weights[name], atol=1e-6) for name in weights)
+
+
+def test_text_only_and_picture_rows_train_together(write_recipe, tmp_path, pictures_folder):
+    rows = []
+    for index, picture in enumerate(sorted(pictures_folder.glob("*/*.png"))[:12]):
+        images = [str(picture)] * (index % 3)
+        rows.append(
+            {
+                "images": images,
+                "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": f"{index}"}],
+            }
+        )
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    run.main([write_recipe(dataset_name=str(path), answer=None, held_out=3)])
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["after"]["fields"].keys() == {"answer"}
+
+
+def test_overlong_rows_are_refused_or_dropped_before_the_model_is_loaded(write_recipe, tmp_path, capsys, monkeypatch):
+    data = conversations(tmp_path / "text", [40, 2, 3, 1, 4, 5, 50, 6])  # held out with this seed: row 3
+    monkeypatch.setattr(run, "load_model", lambda recipe: pytest.fail("the model was loaded"))
+    keys = {"dataset_name": data, "answer": None, "held_out": 1, "max_length": 60}
+    with pytest.raises(SystemExit, match=r"max_length: \d of \d rows are longer than 60 tokens"):
+        run.main([write_recipe(**keys)])
+    preview.prepare(load_recipe([write_recipe(**keys, overlong="drop")]))
+    assert "overlong: left out" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="max_length: 7 of 7 rows are longer than 5 tokens"):
+        run.main([write_recipe(**{**keys, "max_length": 5}, overlong="drop")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset_name": "nowhere/to/be/found"}, "nowhere/to/be/found"),
+        ({"answer": "{colour}"}, r"no such column: .*label"),
+        ({"image_column": "photo"}, "image_column"),
+        ({"model_name_or_path": "nowhere/at/all"}, "model_name_or_path"),
+        ({"lora_target_modules": ["q_proj", "v_proj"]}, "lora_target_modules"),
+        ({"lora_rank": 8}, "lora_r"),
+        ({"use_cpu": None, "bf16": True}, "use_cpu true"),
+    ],
+)
+def test_what_a_new_user_gets_wrong_ends_in_one_clear_line(write_recipe, changes, message):
+    with pytest.raises(SystemExit, match=rf"(?s)^error: .*{message}"):
+        run.main([write_recipe(**changes)])
+
+
+def test_another_runs_folder_is_not_overwritten(write_recipe, tmp_path):
+    run.main([write_recipe(max_steps=1)])
+    before = adapter(tmp_path / "out")
+    with pytest.raises(SystemExit, match=r"already holds a run of another recipe \(.*learning_rate"):
+        run.main([write_recipe(max_steps=1, learning_rate=0.5)])
+    assert all(torch.equal(weight, before[name]) for name, weight in adapter(tmp_path / "out").items())
+
+
+def test_evaluation_scores_the_saved_adapter_again(write_recipe, tmp_path, capsys):
+    path = write_recipe()
+    with pytest.raises(SystemExit, match="holds no trained adapter"):
+        evaluation.main([path])
+    run.main([path])
+    first = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    completions = (tmp_path / "out" / "completions.jsonl").read_text()
+    evaluation.main([path])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == first
+    assert (tmp_path / "out" / "completions.jsonl").read_text() == completions
+    assert "after, pictures shuffled" in capsys.readouterr().out
+
+
+def test_the_saved_adapter_is_the_trained_one(write_recipe, tmp_path):
+    path = write_recipe()
+    recipe = load_recipe([path])
+    run.main([path])
+    saved = PeftModel.from_pretrained(load_model(recipe), tmp_path / "out")
+    state = {name: weight for name, weight in saved.state_dict().items() if "lora_" in name}
+    written = adapter(tmp_path / "out")
+    assert {name.replace(".default", "") for name in state} == set(written)
+    assert all(
+        torch.equal(weight.float(), written[name.replace(".default", "")].float()) for name, weight in state.items()
+    )
+
+
+def test_preview_needs_no_weights_and_says_what_is_missing(write_recipe, capsys, monkeypatch):
+    preview.main([write_recipe()])
+    printed = capsys.readouterr().out
+    assert printed.count("✓") == 4
+    assert "⟦Colour:" in printed
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    with pytest.raises(SystemExit):
+        preview.main([write_recipe(model_name_or_path="nowhere/at/all", use_cpu=None, bf16=True)])
+    printed = capsys.readouterr().out
+    assert "✗ machine: " in printed
+    assert "✗ model_name_or_path: " in printed
+    assert "✓ dataset_name: " in printed
+
+
+def test_the_masked_example_is_green_on_a_terminal(write_recipe, tiny_processor):
+    recipe = load_recipe([write_recipe()])
+    train, _ = load_splits(recipe)
+    example = to_examples(train, recipe)[0]
+    shown = preview.masked_example(example, preview.Collator(tiny_processor), colour=True)
+    assert f"{preview.GREEN}Colour: " in shown
+    assert shown.count(preview.GREEN) == 1
+    assert "<|image|>×313" in shown
+
+
+@pytest.mark.timeout(280)
+def test_two_processes_launched_by_accelerate_train_as_one(write_recipe, tmp_path):
+    """Real data-parallel processes over gloo: same loss and weights as one process with twice the batch."""
+    config = tmp_path / "ddp.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\n"
+        "num_machines: 1\nnum_processes: 2\nmixed_precision: 'no'\nmain_process_port: 0\n"
+    )
+    keys = {
+        "lora_dropout": 0.0,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "eval_rows": 3,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+    }
+    keys |= {"eval_strategy": "steps", "eval_steps": 2}
+    one = write_recipe(**keys, per_device_train_batch_size=4, output_dir=str(tmp_path / "one"))
+    run.main([one])
+    two = write_recipe(**keys, per_device_train_batch_size=2, output_dir=str(tmp_path / "two"))
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(config)]
+    result = subprocess.run(
+        [*launch, "sft_phi3v/run.py", two], cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("rows: 32 to train on") == 1  # only one of them speaks
+
+    def history(name):
+        entries = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        return [
+            entry.get("loss", entry.get("eval_loss")) for entry in entries if "loss" in entry or "eval_loss" in entry
+        ]
+
+    assert history("two") == pytest.approx(history("one"), abs=2e-3)
+    first, second = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    assert all(torch.allclose(first[name].float(), second[name].float(), atol=2e-3) for name in first)
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert metrics[0]["before"] == metrics[1]["before"]
+
+
+def test_help_is_quick_and_says_where_keys_are_described(capsys):
+    logging.getLogger()
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--help"])
+    assert stop.value.code == 0
+    assert "--num_crops" in capsys.readouterr().out
