@@ -513,10 +513,10 @@ _SHAPES: dict[str, Callable[[random.Random], list[Part]]] = {
 def main() -> None:
     """Writes a catalogue from the command line."""
     parser = argparse.ArgumentParser(description="Draw the sample catalogue.")
-    parser.add_argument("--output_dir", default="data/catalogue", help="folder of the Parquet files (default: %(default)s)")
+    parser.add_argument("--output_dir", default="data/catalogue", help="default: %(default)s")
     parser.add_argument("--rows", type=int, default=2400, help="train rows (default: %(default)s)")
     parser.add_argument("--test_rows", type=int, default=192, help="test rows (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args()
     folder = write_catalogue(options.output_dir, rows=options.rows, test_rows=options.test_rows, seed=options.seed)
     print(f"{folder}: {options.rows} train and {options.test_rows} test rows")

@@ -42,22 +42,18 @@ def summary(metrics: dict[str, Any], completions: list[dict[str, Any]], output_d
         `str`: Some lines of text.
     """
 
-    def category(name: str) -> str:
-        return f"{metrics[name]['fields']['category3_code']['exact']:.0%}"
-
-    def price(name: str) -> str:
-        return f"{metrics[name]['fields']['full_price']['within_10pct']:.0%}"
-
-    before, after = metrics["before"], metrics["after"]
+    parsed = {name: f"{scores['parsed']:.0%}" for name, scores in metrics.items()}
+    category = {name: f"{scores['fields']['category3_code']['exact']:.0%}" for name, scores in metrics.items()}
+    price = {name: f"{scores['fields']['full_price']['within_10pct']:.0%}" for name, scores in metrics.items()}
     example = completions[0]
     return f"""
 What happened, in {minutes:.1f} minutes on this CPU:
   A tiny Phi-3-Vision that could only caption pictures learned, by 4-bit QLoRA, to answer in the recipe's own form.
-  Of {after["rows"]} held-out pictures, scored by free generation, before → after:
-    answers in the right form   {before["parsed"]:.0%} → {after["parsed"]:.0%}
-    category right              {category("before")} → {category("after")}   (always the commonest: {category("baseline")})
-    price within 10 %           {price("before")} → {price("after")}   (always the median: {price("baseline")})
-  Given each other's pictures, category falls to {category("after_shuffled")}: the model does look.
+  Of {len(completions)} held-out pictures, scored by free generation, before → after:
+    answers in the right form   {parsed["before"]} → {parsed["after"]}
+    category right              {category["before"]} → {category["after"]}   (the commonest: {category["baseline"]})
+    price within 10 %           {price["before"]} → {price["after"]}   (the median: {price["baseline"]})
+    category, pictures swapped  {category["after_shuffled"]}   (a model that looks falls to the commonest)
 
   For example, row {example["row"]}:
     reference  {example["reference"]}
@@ -83,7 +79,7 @@ def main() -> None:
         raise SystemExit(f"error: {error}\nThe demo runs in the folder that holds {RECIPE}.") from None
     ensure_catalogue(Path(str(recipe.script.dataset_name)))
     start = time.monotonic()
-    command = [Path(sys.executable).with_name("accelerate"), "launch", "sft_phi3v/run.py", RECIPE]
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "sft_phi3v/run.py", RECIPE]
     if status := subprocess.run(command).returncode:
         raise SystemExit(status)
     output_dir = Path(str(recipe.training.output_dir))

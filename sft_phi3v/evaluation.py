@@ -161,8 +161,7 @@ class Scorer:
 
     Args:
         answer (`str`, *optional*): The recipe's answer template. Without one, the whole answer is one text field.
-        references (sequence of `str`): The held-out rows' answers, which tell numbers from text: a field is a number if it
-            is one in every reference.
+        references (sequence of `str`): The held-out rows' answers. A field is a number if it is one in all of them.
     """
 
     def __init__(self, answer: str | None, references: Sequence[str]):
@@ -373,7 +372,12 @@ class Evaluation:
             lines.append([name.replace("_", ", pictures "), str(scores["rows"]), *shown])
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         return "\n".join(
-            "  ".join([f"{line[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:]))])
+            "  ".join(
+                [
+                    f"{line[0]:<{widths[0]}}",
+                    *(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)),
+                ]
+            )
             for line in lines
         )
 

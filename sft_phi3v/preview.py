@@ -46,8 +46,8 @@ def fitting(examples: Dataset, collator: Collator, overlong: str) -> tuple[Datas
         first = next(index for index, found in enumerate(lengths) if not collator.fits(found))
         raise ValueError(
             f"max_length: {dropped} of {len(lengths)} rows are longer than {collator.max_length} tokens; row "
-            f"{examples[first]['row']} has {lengths[first].tokens}, the longest {max(x.tokens for x in lengths)}. A row "
-            "is never cut. Raise max_length, lower num_crops, or leave these rows out with `overlong: drop`."
+            f"{examples[first]['row']} has {lengths[first].tokens}, the longest {max(x.tokens for x in lengths)}. A "
+            "row is never cut. Raise max_length, lower num_crops, or leave these rows out with `overlong: drop`."
         )
     if dropped:
         print_once(f"overlong: left out {dropped} of {len(lengths)} rows with more than {collator.max_length} tokens.")

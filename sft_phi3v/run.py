@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
@@ -47,6 +48,12 @@ def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
         processing_class=collator.processor,
         peft_config=lora_config(recipe, model),
     )
+    # TRL turns the adapter of a quantised model into bfloat16, but PEFT reads a checkpoint back as float32: a resumed
+    # run would go on in another precision than the one that was cut. Small updates need float32 in any case.
+    if isinstance(trainer.model, PeftModel):
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     print_once(f"{landing_table(trainer.model)}\n")
     if trainer.is_world_process_zero():
         recipe.save(str(recipe.training.output_dir))

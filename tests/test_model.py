@@ -141,7 +141,7 @@ def test_missing_weights_are_an_error_not_random_numbers(write_recipe, tiny_fold
     del tensors["model.vision_embed_tokens.glb_GN"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     recipe = load_recipe([write_recipe(model_name_or_path=str(folder), load_in_4bit=None, use_bnb_nested_quant=None)])
-    with pytest.raises(ValueError, match="lacks 1 tensors, such as 'model.multi_modal_projector.separator'"):
+    with pytest.raises(ValueError, match=r"lacks 1 tensors, such as 'model\.multi_modal_projector\.separator'"):
         load_model(recipe)
 
 

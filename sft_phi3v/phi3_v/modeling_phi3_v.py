@@ -108,9 +108,9 @@ class Phi3VModel(Phi3VPreTrainedModel):
         super().__init__(config)
         vision_config = config.vision_config
         vision_config._attn_implementation = config._attn_implementation
-        self.vision_tower = CLIPVisionModel._from_config(vision_config)
+        self.vision_tower = CLIPVisionModel(vision_config)
         self.multi_modal_projector = Phi3VProjector(config)
-        self.language_model = Phi3Model._from_config(config)
+        self.language_model = Phi3Model(config)
         # hidden_states[-2] is the output of all but the last layer; the last one is loaded and saved, never computed.
         layer_idx = (config.img_processor or {}).get("layer_idx", -2)
         self.vision_layers = range(vision_config.num_hidden_layers + 1)[layer_idx]
@@ -293,7 +293,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         """
         Args as [`Phi3VModel.forward`], and:
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): Ids to learn; -100 where nothing is.
-            logits_to_keep (`int` or `torch.Tensor`, *optional*): Only the last n, or these, positions go through the head.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*): Positions for the head: the last n, or these.
             num_items_in_batch (`int`, *optional*): Supervised tokens of the whole (accumulated) batch, which then
                 divides the summed loss; without it the loss is the mean of this batch.
 
