@@ -5,6 +5,7 @@ what happened. Nothing here knows how training works.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -79,10 +80,13 @@ def main() -> None:
         raise SystemExit(f"error: {error}\nThe demo runs in the folder that holds {RECIPE}.") from None
     ensure_catalogue(Path(str(recipe.script.dataset_name)))
     start = time.monotonic()
-    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "sft_phi3v/run.py", RECIPE]
-    if status := subprocess.run(command).returncode:
-        raise SystemExit(status)
     output_dir = Path(str(recipe.training.output_dir))
+    shutil.rmtree(output_dir, ignore_errors=True)  # the demo starts over; a real run never removes anything
+    threads = min(4, os.cpu_count() or 1)  # the launcher's own default is one
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+    command += ["--config_file", "accelerate_configs/single.yaml", "--num_cpu_threads_per_process", str(threads)]
+    if status := subprocess.run([*command, "sft_phi3v/run.py", RECIPE]).returncode:
+        raise SystemExit(status)
     metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
     lines = (output_dir / "completions.jsonl").read_text(encoding="utf-8").splitlines()
     minutes = (time.monotonic() - start) / 60

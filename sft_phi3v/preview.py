@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  ✓ {need}: {_name(recipe, need)}")
         except ValueError as error:
             ready = False
-            print(f"  ✗ {need}: {error}")
+            print(f"  ✗ {error}")
     if not ready:
         raise SystemExit(1)
     try:

@@ -319,7 +319,7 @@ def check_output_dir(recipe: Recipe) -> None:
     """
     Refuse an `output_dir` that already holds another run, so that no result is overwritten or mixed.
 
-    The same recipe may start over in its own folder; `resume_from_checkpoint` continues what lies there.
+    The same recipe may start over in its own folder while no checkpoint lies there; `resume_from_checkpoint` goes on.
 
     Args:
         recipe ([`Recipe`]): The recipe.
@@ -347,9 +347,12 @@ def check_output_dir(recipe: Recipe) -> None:
     if saved.is_file():
         before, now = _read_yaml(str(saved)), recipe.dump()
         differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if not differ:
+        if not differ and not checkpoints:
             return
-        reason = f"a run of another recipe ({saved} differs in {', '.join(differ)})"
+        # Of the same recipe too: a run from the start would mix its checkpoints with these and delete the wrong ones.
+        reason = (
+            f"a run of another recipe ({saved} differs in {', '.join(differ)})" if differ else "a run of this recipe"
+        )
     else:
         traces = ("checkpoint-*", "adapter_*", "*.safetensors", "metrics.json", "completions.jsonl")
         found = sorted({file.name for trace in traces for file in folder.glob(trace)})
@@ -357,8 +360,8 @@ def check_output_dir(recipe: Recipe) -> None:
             return
         reason = f"a run ({', '.join(found[:3])})"
     raise ValueError(
-        f"`output_dir` {str(folder)!r} already holds {reason}. Give a fresh folder (--output_dir ...), or continue "
-        "that run (--resume_from_checkpoint true)."
+        f"`output_dir` {str(folder)!r} already holds {reason}. Give a fresh folder (--output_dir ...), continue that "
+        "run (--resume_from_checkpoint true), or remove the folder to start over."
     )
 
 

@@ -1,14 +1,16 @@
 """The repository itself: imports point one way, every recipe loads, and the documents name what exists."""
 
 import ast
+import json
 import re
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from sft_phi3v.recipe import load_recipe
+from sft_phi3v.recipe import TaskArguments, load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "sft_phi3v"
@@ -102,6 +104,14 @@ def test_documents_link_to_files_that_exist():
     for document in REPOSITORY.glob("*.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
             assert (REPOSITORY / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_readme_explains_every_key_of_ours_with_its_default():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    defaults = TaskArguments()
+    for key in fields(TaskArguments):
+        line = f"| `{key.name}` | `{json.dumps(getattr(defaults, key.name))}` | {key.metadata['help']} |"
+        assert line in text, f"README.md lacks: {line}"
 
 
 def test_versions_are_pinned_once():

@@ -291,6 +291,15 @@ def test_an_output_dir_with_another_run_is_refused():
     check_output_dir(load("seed: 2\n", "--output_dir", "fresh"))
 
 
+def test_a_run_of_the_same_recipe_is_not_mixed_with_its_older_checkpoints():
+    load().save("out")
+    check_output_dir(load())
+    Path("out/checkpoint-50").mkdir()
+    with pytest.raises(ValueError, match=r"already holds a run of this recipe.*--resume_from_checkpoint true"):
+        check_output_dir(load())
+    check_output_dir(load("", "--resume_from_checkpoint", "true"))
+
+
 @pytest.mark.parametrize("trace", ["checkpoint-10", "adapter_model.safetensors", "metrics.json"])
 def test_an_output_dir_with_an_unknown_run_is_refused(trace):
     Path("out", trace).mkdir(parents=True)

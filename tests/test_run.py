@@ -1,7 +1,7 @@
 """The whole program on a random model: what it prints, what it writes, and that it goes on where it was cut."""
 
 import json
-import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -281,8 +281,8 @@ def test_preview_needs_no_weights_and_says_what_is_missing(write_recipe, capsys,
     with pytest.raises(SystemExit):
         preview.main([write_recipe(model_name_or_path="nowhere/at/all", use_cpu=None, bf16=True)])
     printed = capsys.readouterr().out
-    assert "✗ machine: " in printed
-    assert "✗ model_name_or_path: " in printed
+    assert re.search(r"✗ .*recipe\.yaml is for a GPU", printed)
+    assert "✗ model_name_or_path: 'nowhere/at/all' cannot be read" in printed
     assert "✓ dataset_name: " in printed
 
 
@@ -337,7 +337,6 @@ def test_two_processes_launched_by_accelerate_train_as_one(write_recipe, tmp_pat
 
 
 def test_help_is_quick_and_says_where_keys_are_described(capsys):
-    logging.getLogger()
     with pytest.raises(SystemExit) as stop:
         run.main(["--help"])
     assert stop.value.code == 0
