@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{recipe.path}: the recipe is right. What it needs:")
-    ready = True
+    missing = []
     for need, check in (
         ("machine", lambda: check_machine(recipe)),
         ("output_dir", lambda: check_output_dir(recipe)),
@@ -151,14 +151,15 @@ def main(argv: list[str] | None = None) -> None:
             check()
             print(f"  ✓ {need}: {_name(recipe, need)}")
         except ValueError as error:
-            ready = False
+            missing.append(need)
             print(f"  ✗ {error}")
-    if not ready:
+    if not {"model_name_or_path", "dataset_name"} & set(missing):  # a machine without a GPU can look at the data
+        try:
+            prepare(recipe)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
+    if missing:
         raise SystemExit(1)
-    try:
-        prepare(recipe)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 def _name(recipe: Recipe, need: str) -> str:

@@ -6,6 +6,7 @@ accelerate launch sft_phi3v/run.py recipes/burberry.yaml [--key value …]
 import json
 import platform
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
     check_output_dir(recipe)
     collator, train_set, held_out, train_rows = prepare(recipe)
     model = load_model(recipe)
+    # TRL and PEFT still ask under the name that transformers has moved on from.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     trainer = Trainer(
         model=model,
         args=recipe.training,
@@ -77,7 +80,8 @@ def train(recipe: Recipe, trainer: "Trainer", evaluation: Evaluation) -> None:
     trainer.save_state()
     evaluation.run("after", trainer.model)
     evaluation.run("after_shuffled", trainer.model, shuffled=True)
-    trainer.log(_flat(evaluation.metrics))
+    if recipe.training.report_to:
+        trainer.log(_flat(evaluation.metrics))
     print_once(f"\n{evaluation.table()}\n\nadapter, scores and completions: {recipe.training.output_dir}")
 
 

@@ -352,8 +352,13 @@ def warm_up(model: Phi3VForCausalLM, processor: Phi3VProcessor, *, steps: int, r
 
 
 def _example(turns: list[Turn], *pictures: PILImage.Image) -> dict[str, object]:
-    roles = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
-    return {"images": list(pictures), "messages": [{"role": role, "content": text} for role, text in roles]}
+    """A conversation as the collator takes it; the pictures stand before the first question."""
+    messages: list[dict[str, object]] = []
+    for question, answer in turns:
+        shown = [] if messages else [{"type": "image"} for _ in pictures]
+        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return {"images": list(pictures), "messages": messages, "row": 0}
 
 
 def _picture_example(rng: random.Random) -> dict[str, object]:

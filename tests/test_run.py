@@ -286,6 +286,14 @@ def test_preview_needs_no_weights_and_says_what_is_missing(write_recipe, capsys,
     assert "✓ dataset_name: " in printed
 
 
+def test_preview_shows_the_data_on_a_machine_without_the_gpu_that_training_needs(write_recipe, capsys):
+    with pytest.raises(SystemExit):
+        preview.main([write_recipe(use_cpu=None, bf16=True)])
+    printed = capsys.readouterr().out
+    assert printed.count("✗") == 1
+    assert "⟦Colour:" in printed
+
+
 def test_the_masked_example_is_green_on_a_terminal(write_recipe, tiny_processor):
     recipe = load_recipe([write_recipe()])
     train, _ = load_splits(recipe)

@@ -26,6 +26,10 @@ IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 # Stands for a "<" that is plain text, until the tokenizer's normaliser turns it back. A Unicode noncharacter, which no
 # text interchange may contain; being one character long, it leaves all offsets as they are.
 LITERAL = "\ufdd0"
+# Keywords that transformers and TRL hand to every processor and that change nothing here.
+HARMLESS = {
+    f"return_{name}" for name in ("attention_mask", "text_replacement_offsets", "token_type_ids", "mm_token_type_ids")
+}
 
 
 class Phi3VProcessor(ProcessorMixin):
@@ -63,7 +67,7 @@ class Phi3VProcessor(ProcessorMixin):
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         # The published chat template takes no pictures and marks nothing; one that marks its turns was saved by us or
         # written by the user, and stays.
-        if "generation" not in (processor_dict.get("chat_template") or ""):
+        if "endgeneration" not in (processor_dict.get("chat_template") or ""):
             processor_dict["chat_template"] = None
         return super().from_args_and_dict(args, processor_dict, **kwargs)
 
@@ -124,6 +128,8 @@ class Phi3VProcessor(ProcessorMixin):
         Raises:
             ValueError: If tags and pictures do not match one to one.
         """
+        if unknown := kwargs.keys() - HARMLESS:
+            raise TypeError(f"Phi3VProcessor does not know {', '.join(sorted(unknown))}.")
         if videos is not None or audio is not None:
             raise ValueError("Phi-3-Vision reads text and pictures; videos and audio cannot be given.")
         if text is None:

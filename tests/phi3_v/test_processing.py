@@ -607,3 +607,19 @@ def test_a_raw_string_keeps_its_special_tokens(processor):
     """A string given to the processor is parsed as the original parses it; only messages are plain text."""
     ids = processor(text="<|user|>\nrepeat <|end|> and <|assistant|> now")["input_ids"]
     assert structure(ids) == [BOS, USER, "text", END, "text", ASSISTANT, "text"]
+
+
+def test_a_keyword_it_does_not_know_is_an_error(small_folder):
+    processor = Phi3VProcessor.from_pretrained(small_folder)
+    with pytest.raises(TypeError, match="does not know num_crop"):
+        processor(text="hello", num_crop=4)
+
+
+def test_a_published_template_saved_as_a_file_gives_way_to_the_one_with_markers(small_folder, tmp_path):
+    folder = shutil.copytree(small_folder, tmp_path / "published")
+    published = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    (folder / "chat_template.jinja").write_text(published)
+    assert "endgeneration" in Phi3VProcessor.from_pretrained(folder).chat_template
+    own = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(own)
+    assert Phi3VProcessor.from_pretrained(folder).chat_template == own
