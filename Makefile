@@ -52,5 +52,5 @@ lint: setup  ## ruff
 types: setup  ## mypy
 	$(BIN)/mypy
 
-clean:  ## remove the virtual environment and outputs/
-	rm -rf $(VENV) outputs
+clean:  ## remove the virtual environment (what was trained stays)
+	rm -rf $(VENV)

@@ -26,9 +26,10 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from sft_phi3v.collator import Collator
-from sft_phi3v.data import Template, load_splits, number, to_examples
-from sft_phi3v.model import load_model, load_processor
+from sft_phi3v.data import ROW, Template, number, to_examples
+from sft_phi3v.model import load_model
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
+from sft_phi3v.preview import prepare
 from sft_phi3v.recipe import Recipe, check_machine, load_recipe
 
 WITHIN = 0.10
@@ -52,6 +53,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     description: str = "generate",
+    progress: bool = True,
 ) -> list[Completion]:
     """
     Greedy completions for the last assistant turn of each example, on all processes together.
@@ -63,6 +65,7 @@ def generate(
         max_new_tokens (`int`): Longest completion, in tokens.
         batch_size (`int`): Rows generated at once on each process.
         description (`str`, *optional*): Text of the progress bar.
+        progress (`bool`, *optional*): Whether to show it.
 
     Returns:
         `list[Completion]`: In the order of `examples`, the same on every process.
@@ -76,11 +79,12 @@ def generate(
     was_training = model.training
     model.eval()
     found: list[tuple[int, Completion]] = []
-    with torch.no_grad(), tqdm(total=len(order), desc=description, disable=not state.is_main_process) as progress:
+    quiet = not (progress and state.is_main_process)
+    with torch.no_grad(), tqdm(total=len(order), desc=description, disable=quiet) as bar:
         for batch in batches[state.process_index :: state.num_processes]:
             completions = _generate_batch(model, processor, [examples[index] for index in batch], max_new_tokens)
             found += zip(batch, completions, strict=True)
-            progress.update(min(len(batch) * state.num_processes, progress.total - progress.n))
+            bar.update(min(len(batch) * state.num_processes, bar.total - bar.n))
     model.train(was_training)
     if state.num_processes > 1:
         found = gather_object(found)
@@ -109,7 +113,8 @@ def _generate_batch(
     completions = []
     for example, reference, new in zip(examples, references, new_ids, strict=True):
         end = next((position for position, token in enumerate(new) if token in stops), None)
-        text = processor.tokenizer.decode(new[:end], skip_special_tokens=True).strip()
+        # Special tokens stay: an answer that opens a new turn in its middle is not the answer without it.
+        text = processor.tokenizer.decode(new[:end]).strip()
         completions.append(Completion(example["row"], reference, text, stopped=end is not None))
     return completions
 
@@ -124,8 +129,12 @@ def _split_turns(example: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
         if not isinstance(parts, str):
             parts = [part | {"image": next(pictures)} if part["type"] == "image" else part for part in parts]
         prompt.append({**message, "content": parts})
-    content = last["content"]
-    return prompt, content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    return prompt, _text_of(last)
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 class ShuffledPictures(Sequence[dict[str, Any]]):
@@ -139,14 +148,20 @@ class ShuffledPictures(Sequence[dict[str, Any]]):
 
     def __init__(self, examples: Sequence[dict[str, Any]] | Dataset, seed: int):
         self.examples = examples
-        self.source = list(range(len(examples)))
+        self.source = list(range(len(examples)))  # whose pictures each row gets
+        self.counts = [len(example["images"]) for example in examples]
         groups: dict[int, list[int]] = defaultdict(list)
-        for index, example in enumerate(examples):
-            groups[len(example["images"])].append(index)
+        for index, count in enumerate(self.counts):
+            groups[count].append(index)
         for group in groups.values():
             random.Random(seed).shuffle(group)
             for index, other in zip(group, [*group[1:], *group[:1]], strict=True):
                 self.source[index] = other
+
+    @property
+    def moved(self) -> int:
+        """Rows that got pictures of another row; the rest are alone of their kind, or have no picture."""
+        return sum(index != other and self.counts[index] > 0 for index, other in enumerate(self.source))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -166,17 +181,15 @@ class Scorer:
 
     def __init__(self, answer: str | None, references: Sequence[str]):
         self.template = Template(answer) if answer is not None else None
-        parsed = [self.parse(reference) or {} for reference in references]
+        parsed = [found for reference in references if (found := self.parse(reference)) is not None]
         self.fields = self.template.fields if self.template is not None else ("answer",)
         self.numeric = {
-            field
-            for field in self.fields
-            if parsed and all(_number(fields.get(field)) is not None for fields in parsed)
+            field for field in self.fields if parsed and all(_number(found[field]) is not None for found in parsed)
         }
 
     def parse(self, text: str) -> dict[str, str] | None:
         """Fields of a completion, or `None` if it does not have the template's form."""
-        return self.template.parse(text) if self.template is not None else {"answer": text}
+        return self.template.parse(text) if self.template is not None else {"answer": text.strip()}
 
     def score(self, completions: list[Completion]) -> dict[str, Any]:
         """
@@ -194,14 +207,16 @@ class Scorer:
             "parsed": _mean(found is not None for found, _ in fields),
             "stopped": _mean(completion.stopped for completion in completions),
             "fields": {
-                field: self._score_field(field, [((found or {}).get(field), wanted[field]) for found, wanted in fields])
+                field: self._score_field(
+                    field, [((found or {}).get(field), wanted.get(field)) for found, wanted in fields]
+                )
                 for field in self.fields
             },
         }
 
-    def _score_field(self, field: str, pairs: list[tuple[str | None, str]]) -> dict[str, float | None]:
+    def _score_field(self, field: str, pairs: list[tuple[str | None, str | None]]) -> dict[str, float | None]:
         if field not in self.numeric:
-            return {"exact": _mean(found == wanted for found, wanted in pairs)}
+            return {"exact": _mean(found is not None and found == wanted for found, wanted in pairs)}
         errors = [_relative_error(_number(found), _number(wanted)) for found, wanted in pairs]
         given = [error for error in errors if error is not None]
         median = statistics.median(given) if given else None
@@ -221,23 +236,22 @@ class Scorer:
         Returns:
             `dict`: As `score`.
         """
-        seen: dict[str, list[str]] = {field: [] for field in self.fields}
-        for answer in train_answers:
-            for field, value in (self.parse(answer) or {}).items():
-                seen[field].append(value)
-        guess = {
-            field: str(statistics.median(price for value in values if (price := _number(value)) is not None))
-            if field in self.numeric
-            else Counter(values).most_common(1)[0][0]
-            for field, values in seen.items()
-        }
+        parsed = [found for answer in train_answers if (found := self.parse(answer)) is not None]
+        guess: dict[str, str | None] = {}
+        for field in self.fields:
+            texts = [found[field] for found in parsed]
+            numbers = [value for text in texts if (value := _number(text)) is not None]
+            if field in self.numeric:
+                guess[field] = str(statistics.median(numbers)) if numbers else None
+            else:
+                guess[field] = Counter(texts).most_common(1)[0][0] if texts else None
         pairs = [self.parse(reference) or {} for reference in references]
         return {
             "rows": len(references),
             "parsed": 1.0,
             "stopped": 1.0,
             "fields": {
-                field: self._score_field(field, [(guess[field], wanted[field]) for wanted in pairs])
+                field: self._score_field(field, [(guess[field], wanted.get(field)) for wanted in pairs])
                 for field in self.fields
             },
         }
@@ -260,7 +274,6 @@ def _relative_error(found: float | None, wanted: float | None) -> float | None:
     return abs(found - wanted) / abs(wanted)
 
 
-@dataclass
 class Evaluation:
     """
     The held-out rows of one run, their scores so far and the files that hold them.
@@ -268,31 +281,29 @@ class Evaluation:
     Args:
         recipe ([`Recipe`]): Says how many rows, how long a completion, and where the files go.
         processor ([`Phi3VProcessor`]): The model's processor.
-        held_out (`Dataset`): Held-out examples; the first `eval_rows` of them (after a seeded shuffle) are scored.
-        train_answers (`list[str]`): Answers of the training rows, for the baseline.
+        train_rows (`Dataset`): Training rows, for the baseline.
+        held_out_rows (`Dataset`): Held-out rows; `eval_rows` of them, drawn by `seed`, are scored.
     """
 
-    recipe: Recipe
-    processor: Phi3VProcessor
-    held_out: Dataset
-    train_answers: list[str]
-
-    def __post_init__(self) -> None:
-        wanted = self.recipe.task.eval_rows
-        if wanted is not None and wanted < len(self.held_out):
+    def __init__(self, recipe: Recipe, processor: Phi3VProcessor, train_rows: Dataset, held_out_rows: Dataset):
+        self.recipe, self.processor = recipe, processor
+        self.folder = Path(str(recipe.training.output_dir))
+        wanted = recipe.task.eval_rows
+        if wanted is not None and wanted < len(held_out_rows):
             # A split is often sorted, by category say: its head would not stand for it.
-            chosen = random.Random(self.recipe.training.seed).sample(range(len(self.held_out)), wanted)
-            self.held_out = self.held_out.select(sorted(chosen))
-        self.rows, self.references = zip(
-            *((example["row"], _split_turns(example)[1]) for example in self.held_out), strict=True
-        )
-        self.scorer = Scorer(self.recipe.task.answer, self.references)
-        self.metrics: dict[str, Any] = {"baseline": self.scorer.baseline(self.train_answers, self.references)}
+            chosen = random.Random(recipe.training.seed).sample(range(len(held_out_rows)), wanted)
+            held_out_rows = held_out_rows.select(sorted(chosen))
+        self.examples = to_examples(held_out_rows, recipe)
+        self.rows = list(held_out_rows[ROW])
+        self.references = answers(held_out_rows, recipe)
+        self.scorer = Scorer(recipe.task.answer, self.references)
+        baseline = self.scorer.baseline(answers(train_rows, recipe), self.references)
+        self.metrics: dict[str, Any] = {"baseline": baseline}
         self.completions: dict[str, list[Completion]] = {}
 
     def run(self, name: str, model: Phi3VForCausalLM | PeftModel, *, shuffled: bool = False) -> dict[str, Any]:
         """
-        Generates and scores under a name, `before`, `after` or `after_shuffled`, and writes the files anew.
+        Generates and scores under a name, `before`, `after` or `after_shuffled`.
 
         Args:
             name (`str`): Key in `metrics.json` and in each line of `completions.jsonl`.
@@ -300,26 +311,32 @@ class Evaluation:
             shuffled (`bool`, *optional*): Whether the rows get each other's pictures.
 
         Returns:
-            `dict`: The scores.
+            `dict`: The scores; with shuffled pictures also `moved`, the number of rows that really got others.
         """
-        examples = ShuffledPictures(self.held_out, self.recipe.training.seed) if shuffled else self.held_out
-        self.completions[name] = generate(
-            model,
-            self.processor,
-            examples,
-            max_new_tokens=self.recipe.task.max_new_tokens,
-            batch_size=self.recipe.task.generation_batch_size,
-            description=f"generate ({name.replace('_', ', ')})",
-        )
+        training = self.recipe.training
+        examples = ShuffledPictures(self.examples, training.seed) if shuffled else self.examples
+        # Training runs under autocast and leaves the model so: the same for a model that was not trained yet.
+        dtype = torch.float16 if training.fp16 else torch.bfloat16
+        with torch.autocast(model.device.type, dtype, enabled=training.fp16 or training.bf16):
+            self.completions[name] = generate(
+                model,
+                self.processor,
+                examples,
+                max_new_tokens=self.recipe.task.max_new_tokens,
+                batch_size=self.recipe.task.generation_batch_size,
+                description=f"generate ({name.replace('_', ', ')})",
+                progress=not training.disable_tqdm,
+            )
         self.metrics[name] = self.scorer.score(self.completions[name])
-        if PartialState().is_main_process:
-            self.write()
+        if isinstance(examples, ShuffledPictures):
+            self.metrics[name]["moved"] = examples.moved
         return self.metrics[name]
 
     def write(self) -> None:
         """Writes `metrics.json` and `completions.jsonl` into `output_dir`, each whole or not at all."""
-        folder = Path(str(self.recipe.training.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
+        if not PartialState().is_main_process:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
         lines = []
         for index, (row, reference) in enumerate(zip(self.rows, self.references, strict=True)):
             line: dict[str, Any] = {"row": row, "reference": reference}
@@ -331,16 +348,14 @@ class Evaluation:
                     "fields": self.scorer.parse(completion.text),
                 }
             lines.append(json.dumps(line, ensure_ascii=False))
-        write_whole(folder / "completions.jsonl", "\n".join(lines) + "\n")
-        write_whole(folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
+        write_whole(self.folder / "completions.jsonl", "\n".join(lines) + "\n")
+        write_whole(self.folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
 
     def resume(self) -> bool:
         """Takes over what an interrupted run of the same rows has scored before training; says whether it did."""
-        folder = Path(str(self.recipe.training.output_dir))
         try:
-            lines = [
-                json.loads(line) for line in (folder / "completions.jsonl").read_text(encoding="utf-8").splitlines()
-            ]
+            text = (self.folder / "completions.jsonl").read_text(encoding="utf-8")
+            lines = [json.loads(line) for line in text.splitlines()]
             rows = [(line["row"], line["reference"]) for line in lines]
             if rows != list(zip(self.rows, self.references, strict=True)):
                 return False
@@ -369,7 +384,9 @@ class Evaluation:
                 found = scores["fields"][field]
                 values += [found["median_ape"], found["within_10pct"]] if "median_ape" in found else [found["exact"]]
             shown = ["–" if value is None else f"{100 * value:.1f}%" for value in values]
-            lines.append([name.replace("_", ", pictures "), str(scores["rows"]), *shown])
+            moved = scores.get("moved", scores["rows"])
+            label = name.replace("_", ", pictures " if moved == scores["rows"] else f", {moved} pictures ")
+            lines.append([label, str(scores["rows"]), *shown])
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         return "\n".join(
             "  ".join(
@@ -390,30 +407,49 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def evaluate(recipe: Recipe) -> Evaluation:
-    """Scores the adapter in the recipe's `output_dir`: before (without it), after, and after with shuffled pictures."""
+    """
+    Scores what the recipe's `output_dir` holds, on the rows that the run scored: before, after, with others' pictures.
+
+    Args:
+        recipe ([`Recipe`]): The recipe that was trained.
+
+    Returns:
+        [`Evaluation`]: The scores; its files are written when all of them are there.
+
+    Raises:
+        ValueError: If nothing was trained there, or the recipe is not the one that was.
+    """
     check_machine(recipe)
     folder = Path(str(recipe.training.output_dir))
-    if not (folder / "adapter_config.json").is_file():
+    trained = [*folder.glob("adapter_config.json"), *folder.glob("model*.safetensors")]
+    if not trained:
         raise ValueError(
-            f"output_dir: {str(folder)!r} holds no trained adapter (adapter_config.json). Train first: "
-            f"accelerate launch sft_phi3v/run.py {recipe.path}"
+            f"output_dir: {str(folder)!r} holds no trained model (adapter_config.json or model.safetensors). Train "
+            f"first: accelerate launch sft_phi3v/run.py {recipe.path}"
         )
-    train, held_out = load_splits(recipe)
-    processor = load_processor(recipe)
-    base = load_model(recipe).to(PartialState().device) if not recipe.model.load_in_4bit else load_model(recipe)
-    model = PeftModel.from_pretrained(base, folder)
-    evaluation = Evaluation(recipe, processor, to_examples(held_out, recipe), answers(train, recipe))
-    with model.disable_adapter():
-        evaluation.run("before", model)
+    collator, train_rows, held_out_rows = prepare(recipe)
+    evaluation = Evaluation(recipe, collator.processor, train_rows, held_out_rows)
+    model = _on_device(load_model(recipe))
+    evaluation.run("before", model)
+    if trained[0].name == "adapter_config.json":
+        model = PeftModel.from_pretrained(model, folder)
+    else:
+        model = _on_device(load_model(recipe, str(folder)))
     evaluation.run("after", model)
     evaluation.run("after_shuffled", model, shuffled=True)
+    evaluation.write()
     return evaluation
+
+
+def _on_device(model: Phi3VForCausalLM) -> Phi3VForCausalLM:
+    """Quantised models are loaded where they belong; others the trainer would have moved."""
+    return model if model.config.to_dict().get("quantization_config") else model.to(PartialState().device)
 
 
 def answers(rows: Dataset, recipe: Recipe) -> list[str]:
     """The answers of the rows, without touching their pictures."""
     if recipe.task.answer is None:
-        return [_split_turns({"messages": messages, "images": iter(())})[1] for messages in rows["messages"]]
+        return [_text_of(messages[-1]) for messages in rows["messages"]]
     template = Template(recipe.task.answer)
     return [template.render(row) for row in rows.select_columns(list(template.fields))]
 

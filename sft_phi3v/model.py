@@ -70,12 +70,13 @@ def load_processor(recipe: Recipe) -> Phi3VProcessor:
     )
 
 
-def load_model(recipe: Recipe) -> Phi3VForCausalLM:
+def load_model(recipe: Recipe, folder: str | None = None) -> Phi3VForCausalLM:
     """
     Loads the base model, quantised as the recipe says, and checks that the weights were all there.
 
     Args:
         recipe ([`Recipe`]): Names the model, its dtype, quantisation and attention.
+        folder (`str`, *optional*): Loads these weights instead, as a full fine-tuning leaves them.
 
     Returns:
         [`Phi3VForCausalLM`]: The base model, without adapter.
@@ -86,11 +87,13 @@ def load_model(recipe: Recipe) -> Phi3VForCausalLM:
     load_config(recipe)
     dtype = recipe.model.dtype
     model, loading = Phi3VForCausalLM.from_pretrained(
-        recipe.model.model_name_or_path,
-        revision=recipe.model.model_revision,
+        folder or recipe.model.model_name_or_path,
+        revision=None if folder else recipe.model.model_revision,
         dtype=dtype if dtype in ("auto", None) else getattr(torch, dtype),
         attn_implementation=recipe.model.attn_implementation,
         quantization_config=quantization_config(recipe),
+        # Left alone, transformers puts a quantised model on the GPU, whatever the trainer does.
+        device_map={"": "cpu"} if recipe.training.use_cpu else None,
         output_loading_info=True,
     )
     if missing := sorted(loading["missing_keys"]):
@@ -205,16 +208,16 @@ def landing_table(model: nn.Module) -> str:
         part = next((part for part, prefix in PARTS.items() if name.startswith(prefix)), None)
         if part is None:
             continue
-        counts[part]["4-bit linears"] += isinstance(module, bitsandbytes.nn.Linear4bit)
-        counts[part]["adapted modules"] += isinstance(module, LoraLayer)
+        counts[part]["quantised"] += isinstance(module, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt)
+        counts[part]["adapted"] += isinstance(module, LoraLayer)
         for parameter in module.parameters(recurse=False):
             counts[part]["trainable"] += parameter.numel() if parameter.requires_grad else 0
-            if ".lora_" not in name:
+            if ".lora_" not in name and ".modules_to_save." not in name:
                 counts[part]["parameters"] += _numel(parameter)
                 stored[part].add(_storage(parameter))
     if not sum(count["trainable"] for count in counts.values()):
         raise ValueError("Nothing would be trained: no parameter of the model requires a gradient.")
-    columns = ["parameters", "4-bit linears", "adapted modules", "trainable"]
+    columns = ["parameters", "quantised", "adapted", "trainable"]
     rows = [["part", *columns, "stored as"]]
     for part, count in counts.items():
         rows.append([part, *(f"{count[column]:,}" for column in columns), " + ".join(sorted(stored[part]))])

@@ -23,26 +23,27 @@ from sft_phi3v.recipe import Recipe, check_machine, check_output_dir, load_recip
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 
 
-def fitting(examples: Dataset, collator: Collator, overlong: str) -> tuple[Dataset, list[Lengths]]:
+def fitting(rows: Dataset, recipe: Recipe, collator: Collator) -> tuple[Dataset, list[Lengths]]:
     """
-    Counts the tokens of all examples, without decoding a picture, and keeps those that fit.
+    Counts the tokens of all rows, without decoding a picture, and keeps those that fit.
 
     Args:
-        examples (`Dataset`): Examples.
+        rows (`Dataset`): Rows as they are in the source.
+        recipe ([`Recipe`]): Its `overlong` refuses longer rows (`"error"`) or leaves them out (`"drop"`).
         collator ([`Collator`]): Knows `max_length`.
-        overlong (`str`): `"error"` refuses longer rows, `"drop"` leaves them out.
 
     Returns:
-        `tuple[Dataset, list[Lengths]]`: The examples that fit, and the lengths of these.
+        `tuple[Dataset, list[Lengths]]`: The rows that fit, and their lengths.
 
     Raises:
         ValueError: If a row is too long and `overlong` is `"error"`, or if no row fits.
     """
-    quiet = not PartialState().is_main_process
+    quiet = bool(recipe.training.disable_tqdm) or not PartialState().is_main_process
+    examples = to_examples(rows, recipe)
     lengths = [collator.lengths(example) for example in tqdm(examples, desc="count tokens", disable=quiet)]
     kept = [index for index, found in enumerate(lengths) if collator.fits(found)]
     dropped = len(lengths) - len(kept)
-    if dropped and (overlong == "error" or not kept):
+    if dropped and (recipe.task.overlong == "error" or not kept):
         first = next(index for index, found in enumerate(lengths) if not collator.fits(found))
         raise ValueError(
             f"max_length: {dropped} of {len(lengths)} rows are longer than {collator.max_length} tokens; row "
@@ -51,8 +52,7 @@ def fitting(examples: Dataset, collator: Collator, overlong: str) -> tuple[Datas
         )
     if dropped:
         print_once(f"overlong: left out {dropped} of {len(lengths)} rows with more than {collator.max_length} tokens.")
-        examples = examples.select(kept)
-    return examples, [lengths[index] for index in kept]
+    return rows.select(kept), [lengths[index] for index in kept]
 
 
 def data_table(train: Sequence[Lengths], held_out_rows: int) -> str:
@@ -104,7 +104,7 @@ def print_once(text: str) -> None:
         print(text, flush=True)
 
 
-def prepare(recipe: Recipe) -> tuple[Collator, Dataset, Dataset, Dataset]:
+def prepare(recipe: Recipe) -> tuple[Collator, Dataset, Dataset]:
     """
     Reads and checks everything that costs no GPU time, and shows it.
 
@@ -112,25 +112,24 @@ def prepare(recipe: Recipe) -> tuple[Collator, Dataset, Dataset, Dataset]:
         recipe ([`Recipe`]): The recipe.
 
     Returns:
-        `tuple[Collator, Dataset, Dataset, Dataset]`: The collator; examples to train on; held-out examples; the
-        training rows as they are in the source.
+        `tuple[Collator, Dataset, Dataset]`: The collator; the rows to train on; the held-out rows.
 
     Raises:
         ValueError: If any row cannot be used, with the row, the reason and the remedy.
     """
-    train_rows, held_out_rows = load_splits(recipe)
-    processor = load_processor(recipe)
-    collator = Collator(processor, recipe.training.max_length, recipe.training.pad_to_multiple_of)
-    for rows in (train_rows, held_out_rows):
+    train, held_out = load_splits(recipe)
+    collator = Collator(load_processor(recipe), recipe.training.max_length, recipe.training.pad_to_multiple_of)
+    for rows in (train, held_out):
         check_rows(rows, recipe)
-    train, lengths = fitting(to_examples(train_rows, recipe), collator, recipe.task.overlong)
-    held_out, _ = fitting(to_examples(held_out_rows, recipe), collator, recipe.task.overlong)
+    train, lengths = fitting(train, recipe, collator)
+    held_out, _ = fitting(held_out, recipe, collator)
     print_once(f"\n{data_table(lengths, len(held_out))}\n")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     legend = "green is supervised" if colour else "⟦supervised⟧"
-    print_once(f"row {train[0]['row']} as the model reads it ({legend}):")
-    print_once(f"{masked_example(train[0], collator, colour=colour)}\n")
-    return collator, train, held_out, train_rows
+    example = to_examples(train, recipe)[0]
+    print_once(f"row {example['row']} as the model reads it ({legend}):")
+    print_once(f"{masked_example(example, collator, colour=colour)}\n")
+    return collator, train, held_out
 
 
 def main(argv: list[str] | None = None) -> None:

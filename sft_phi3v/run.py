@@ -17,7 +17,8 @@ from peft import PeftModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from sft_phi3v.evaluation import Evaluation, answers, write_whole
+from sft_phi3v.data import to_examples
+from sft_phi3v.evaluation import Evaluation, write_whole
 from sft_phi3v.model import landing_table, load_model, lora_config
 from sft_phi3v.preview import prepare, print_once
 from sft_phi3v.recipe import Recipe, check_machine, check_output_dir, load_recipe
@@ -38,15 +39,15 @@ def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
     """
     check_machine(recipe)
     check_output_dir(recipe)
-    collator, train_set, held_out, train_rows = prepare(recipe)
+    collator, train_rows, held_out_rows = prepare(recipe)
     model = load_model(recipe)
     # TRL and PEFT still ask under the name that transformers has moved on from.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     trainer = Trainer(
         model=model,
         args=recipe.training,
-        train_dataset=train_set,
-        eval_dataset=held_out,
+        train_dataset=to_examples(train_rows, recipe),
+        eval_dataset=to_examples(held_out_rows, recipe),
         data_collator=collator,
         processing_class=collator.processor,
         peft_config=lora_config(recipe, model),
@@ -61,7 +62,7 @@ def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
     if trainer.is_world_process_zero():
         recipe.save(str(recipe.training.output_dir))
         _save_environment(recipe)
-    return trainer, Evaluation(recipe, collator.processor, held_out, answers(train_rows, recipe))
+    return trainer, Evaluation(recipe, collator.processor, train_rows, held_out_rows)
 
 
 def train(recipe: Recipe, trainer: "Trainer", evaluation: Evaluation) -> None:
@@ -75,11 +76,13 @@ def train(recipe: Recipe, trainer: "Trainer", evaluation: Evaluation) -> None:
     """
     if not (recipe.resume and evaluation.resume()):
         evaluation.run("before", trainer.model)
+        evaluation.write()
     trainer.train(resume_from_checkpoint=recipe.resume)
     trainer.save_model()
     trainer.save_state()
     evaluation.run("after", trainer.model)
     evaluation.run("after_shuffled", trainer.model, shuffled=True)
+    evaluation.write()
     if recipe.training.report_to:
         trainer.log(_flat(evaluation.metrics))
     print_once(f"\n{evaluation.table()}\n\nadapter, scores and completions: {recipe.training.output_dir}")

@@ -34,8 +34,8 @@ from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor,
 Turn = tuple[str, str]  # question, answer
 
 VOCAB_SIZE = 896
-WARM_UP_STEPS = 600
-CAPTION_STEPS = 800
+WARM_UP_STEPS = 1000  # of 16 pictures
+CAPTION_STEPS = 1500  # of 8 pictures, and 16 pieces of practice
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<|image|>")
 _STRIP_RIGHT = ("<|assistant|>", "<|image|>")  # the released tokenizer lets these swallow the whitespace behind them
 
@@ -373,7 +373,7 @@ def teach(model: Phi3VForCausalLM, processor: Phi3VProcessor, *, steps: int, rng
     progress = _Progress("captions", steps)
     for step in range(1, steps + 1):
         # Two calls, because a text-only row would be padded to the length of a picture.
-        pictures = model(**collator([_picture_example(rng) for _ in range(16)])).loss
+        pictures = model(**collator([_picture_example(rng) for _ in range(8)])).loss
         practice = model(**collator([_example([practice_turn(rng) for _ in range(2)]) for _ in range(16)])).loss
         optimizers.step(pictures + practice)
         progress.report(step, pictures=pictures.item(), practice=practice.item())
@@ -427,7 +427,7 @@ simple questions about them, in lower-case prose. It knows nothing else: it is w
 
 Trained from nothing by `python -m sft_phi3v.tiny_base --output_dir recipes/tiny_base`, on a CPU ({minutes:.0f} minutes
 when these files were made): first the vision tower, on {16 * WARM_UP_STEPS:,} pictures, with throw-away heads that name
-kind, colour, pattern, size and background; then everything, on {16 * CAPTION_STEPS:,} other pictures with short
+kind, colour, pattern, size and background; then everything, on {8 * CAPTION_STEPS:,} other pictures with short
 conversations, beside text-only practice.
 
 What it has seen: pictures drawn by the same code as the sample catalogue, from other seeds, and **none** of the

@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 
+from sft_phi3v.data import ROW
 from sft_phi3v.evaluation import Completion, Evaluation, Scorer, ShuffledPictures, generate
 from sft_phi3v.phi3_v import Phi3VForCausalLM
 from sft_phi3v.recipe import load_recipe
@@ -179,31 +181,61 @@ def test_a_picture_that_cannot_be_decoded_is_named_by_its_row(model, tiny_proces
         generate(model, tiny_processor, broken, max_new_tokens=5, batch_size=2)
 
 
-def test_files_are_written_whole_and_read_back_on_resume(write_recipe, model, tiny_processor, tmp_path):
-    from datasets import Dataset
+@pytest.fixture
+def source():
+    pictures = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")]
+    rows = Dataset.from_dict({"image": pictures, "title": ["a", "b", "c"]})
+    return rows.add_column(ROW, [0, 1, 2])
 
-    from sft_phi3v.data import to_examples
 
+def test_files_are_written_whole_and_read_back_on_resume(write_recipe, model, tiny_processor, tmp_path, source):
     recipe = load_recipe([write_recipe(answer="{title}", eval_rows=2)])
-    source = Dataset.from_dict(
-        {"image": [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")], "title": ["a", "b", "c"]}
-    )
-    held_out = to_examples(source, recipe)
-    evaluation = Evaluation(recipe, tiny_processor, held_out, ["a"])
+    evaluation = Evaluation(recipe, tiny_processor, source, source)
     assert not evaluation.resume()
     evaluation.run("before", model)
+    evaluation.write()
     folder = tmp_path / "out"
     lines = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
     assert len(lines) == 2  # eval_rows
     assert all(line["before"].keys() == {"text", "stopped", "fields"} for line in lines)
     assert sorted(path.name for path in folder.iterdir()) == ["completions.jsonl", "metrics.json"]
 
-    again = Evaluation(recipe, tiny_processor, held_out, ["a"])
+    again = Evaluation(recipe, tiny_processor, source, source)
     assert again.resume()
     assert again.metrics == evaluation.metrics == json.loads((folder / "metrics.json").read_text())
     assert again.completions == evaluation.completions
     (folder / "completions.jsonl").write_text('{"row": 0, "reference": "a"')  # cut short by someone else
-    assert not Evaluation(recipe, tiny_processor, held_out, ["a"]).resume()
+    assert not Evaluation(recipe, tiny_processor, source, source).resume()
+
+
+def test_a_control_that_could_not_shuffle_says_so(write_recipe, model, tiny_processor, source):
+    recipe = load_recipe([write_recipe(answer="{title}", eval_rows=1)])
+    evaluation = Evaluation(recipe, tiny_processor, source, source)
+    assert evaluation.run("after_shuffled", model, shuffled=True)["moved"] == 0
+    assert "after, 0 pictures shuffled" in evaluation.table()
+
+
+def test_a_special_token_inside_a_completion_is_not_hidden(tiny_processor):
+    decode = tiny_processor.tokenizer.decode
+    assert "<|user|>" in decode(tiny_processor(text="a <|user|> b")["input_ids"])
+
+
+def test_whitespace_around_an_answer_is_no_mistake():
+    assert Scorer(None, ["a cat "]).score([Completion(0, "a cat ", "a cat", True)])["fields"]["answer"] == {
+        "exact": 1.0
+    }
+    scorer = Scorer("Name: {title}\n", ["Name: x\n"])
+    assert scorer.score([Completion(0, "Name: x\n", "Name: x", True)])["fields"]["title"] == {"exact": 1.0}
+
+
+def test_references_that_do_not_read_back_break_nothing():
+    answer = "{p:.0f} or {p:.2f}"  # the field is there twice, in two forms: it never reads back
+    scorer = Scorer(answer, ["3 or 3.14"])
+    assert scorer.score([Completion(0, "3 or 3.14", "3 or 3.14", True)])["fields"]["p"] == {"exact": 0.0}
+    assert scorer.baseline(["3 or 3.14"], ["3 or 3.14"])["fields"]["p"] == {"exact": 0.0}
+    numeric = Scorer("{p} USD", ["5 USD"])
+    found = numeric.baseline(["on request USD"], ["5 USD"])["fields"]["p"]
+    assert found == {"median_ape": None, "within_10pct": 0.0}
 
 
 def test_the_table_shows_every_score(write_recipe, tiny_processor):

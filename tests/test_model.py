@@ -177,3 +177,31 @@ def test_the_cpu_guard_is_set_whatever_this_cpu_can_do(write_recipe, monkeypatch
 def test_num_crops_of_the_recipe_reaches_the_processor(write_recipe):
     assert load_processor(load_recipe([write_recipe(num_crops=4)])).image_processor.num_crops == 4
     assert load_processor(load_recipe([write_recipe()])).image_processor.num_crops == 1
+
+
+@pytest.mark.parametrize("quantise", [{}, {"load_in_4bit": None, "use_bnb_nested_quant": None}])
+def test_a_cpu_recipe_stays_on_the_cpu_of_a_machine_with_a_gpu(write_recipe, monkeypatch, quantise):
+    recipe = load_recipe([write_recipe(**quantise)])
+    seen = {}
+
+    def stop(*args, **kwargs):
+        seen.update(kwargs)
+        raise InterruptedError
+
+    monkeypatch.setattr(Phi3VForCausalLM, "from_pretrained", stop)
+    with pytest.raises(InterruptedError):
+        load_model(recipe)
+    assert seen["device_map"] == {"": "cpu"}
+
+
+def test_eight_bit_linears_are_counted_as_quantised(write_recipe):
+    keys = {"load_in_4bit": None, "use_bnb_nested_quant": None, "load_in_8bit": True}
+    recipe = load_recipe([write_recipe(**keys)])
+    model = load_model(recipe)
+    assert re.search(r"language_model +[\d,]+ +8 ", landing_table(get_peft_model(model, lora_config(recipe, model))))
+
+
+def test_flash_attention_can_be_asked_for(write_recipe):
+    keys = {"load_in_4bit": None, "use_bnb_nested_quant": None, "attn_implementation": "flash_attention_2"}
+    with pytest.raises(ImportError, match="FlashAttention2.*installed"):  # not "does not support": only the package is missing
+        load_model(load_recipe([write_recipe(**keys)]))

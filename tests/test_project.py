@@ -21,7 +21,8 @@ LAYERS = [
     ["phi3_v"],
     ["recipe", "catalogue"],
     ["data", "collator", "model"],
-    ["evaluation", "preview"],
+    ["preview"],
+    ["evaluation"],
     ["run"],
     ["demo", "tiny_base"],
 ]

@@ -48,6 +48,7 @@ def test_a_run_trains_scores_and_leaves_everything_behind(write_recipe, tmp_path
 
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics.keys() == {"before", "after", "after_shuffled", "baseline"}
+    assert metrics["after_shuffled"].pop("moved") == 3
     for scores in metrics.values():
         assert scores.keys() == {"rows", "parsed", "stopped", "fields"}
         assert scores["rows"] == 3
@@ -63,6 +64,10 @@ def test_a_run_trains_scores_and_leaves_everything_behind(write_recipe, tmp_path
     assert len(learned) == 2 * 8
     assert all("language_model" in name for name in learned)
     assert all(weight.abs().sum() > 0 for name, weight in learned.items() if "lora_B" in name)
+
+    # load_best_model_at_end: what is saved is the checkpoint with the best evaluation loss.
+    best = json.loads((out / "trainer_state.json").read_text())["best_model_checkpoint"]
+    assert all(torch.equal(weight, adapter(best)[name]) for name, weight in learned.items())
 
     # The run can be repeated and understood from its folder alone.
     assert load_recipe([str(out / "recipe.yaml")]) == load_recipe([path])
@@ -137,12 +142,12 @@ def conversations(folder, lengths):
 
 
 def trainer_for(recipe):
-    collator, train, held_out, _ = preview.prepare(recipe)
+    collator, train, held_out = preview.prepare(recipe)
     return run.Trainer(
         model=load_model(recipe),
         args=recipe.training,
-        train_dataset=train,
-        eval_dataset=held_out,
+        train_dataset=to_examples(train, recipe),
+        eval_dataset=to_examples(held_out, recipe),
         data_collator=collator,
         processing_class=collator.processor,
     )
@@ -304,6 +309,74 @@ def test_the_masked_example_is_green_on_a_terminal(write_recipe, tiny_processor)
     assert "<|image|>×313" in shown
 
 
+def test_evaluation_of_an_interrupted_scoring_leaves_the_runs_own_scores(write_recipe, tmp_path, monkeypatch):
+    path = write_recipe()
+    run.main([path])
+    files = [tmp_path / "out" / name for name in ("metrics.json", "completions.jsonl")]
+    before = [file.read_text() for file in files]
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "ShuffledPictures", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main([path])
+    assert [file.read_text() for file in files] == before
+
+
+def test_evaluation_scores_the_rows_that_the_run_scored(write_recipe, tmp_path):
+    data = conversations(tmp_path / "text", [40, 2, 3, 1, 4, 50, 6, 7])
+    path = write_recipe(dataset_name=data, answer=None, held_out=6, max_length=60, overlong="drop", eval_rows=None)
+    run.main([path])
+    first = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert first["after"]["rows"] < 6  # the long ones were left out
+    evaluation.main([path])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == first
+
+
+def test_a_full_fine_tuning_is_saved_whole_and_can_be_scored_again(write_recipe, tmp_path):
+    keys = {"use_peft": None, "lora_r": None, "load_in_4bit": None, "use_bnb_nested_quant": None}
+    path = write_recipe(**keys)
+    run.main([path])
+    first = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    evaluation.main([path])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == first
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    original = load_file(Path(load_recipe([path]).model.model_name_or_path) / "model.safetensors")
+    assert saved.keys() == original.keys()  # Microsoft's names
+    changed = [name for name in saved if not torch.equal(saved[name], original[name])]
+    assert any(".layers." in name for name in changed)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"][:2] != 2
+
+
+def test_wandb_gets_losses_and_scores_offline(write_recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged = {}
+    monkeypatch.setattr("wandb.sdk.wandb_run.Run.log", lambda self, data, *args, **kwargs: logged.update(data))
+    run.main([write_recipe(report_to="wandb", logging_steps=1, max_steps=1)])
+    import wandb
+
+    wandb.finish()
+    assert {"train/loss", "train/learning_rate"} <= logged.keys()
+    assert any(key.endswith("after/parsed") for key in logged)
+    assert any(key.endswith("after_shuffled/fields/label/exact") for key in logged)
+
+
+def test_previewing_the_burberry_recipe_says_what_it_would_need(capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("WANDB_PROJECT", "before")  # the recipe's `env:` block sets it; put back afterwards
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit):
+        preview.main(["recipes/burberry.yaml"])
+    printed = capsys.readouterr().out
+    assert "the recipe is right" in printed
+    assert "microsoft/Phi-3-vision-128k-instruct" in printed
+    assert "DBQ/Burberry.Product.prices.United.States" in printed
+
+
 @pytest.mark.timeout(280)
 def test_two_processes_launched_by_accelerate_train_as_one(write_recipe, tmp_path):
     """Real data-parallel processes over gloo: same loss and weights as one process with twice the batch."""
@@ -320,7 +393,7 @@ def test_two_processes_launched_by_accelerate_train_as_one(write_recipe, tmp_pat
         "optim": "sgd",
         "learning_rate": 0.1,
     }
-    keys |= {"eval_strategy": "steps", "eval_steps": 2}
+    keys |= {"eval_strategy": "steps", "eval_steps": 2, "max_grad_norm": 0}  # clipping would hide a wrong scale
     one = write_recipe(**keys, per_device_train_batch_size=4, output_dir=str(tmp_path / "one"))
     run.main([one])
     two = write_recipe(**keys, per_device_train_batch_size=2, output_dir=str(tmp_path / "two"))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, load_image
 from transformers.processing_utils import ImagesKwargs
 
 CROP = 336
@@ -47,9 +47,7 @@ class Phi3VImageProcessor(PilBackend):
 
     def process_image(self, image: Any, **kwargs: Any) -> Image.Image:
         """Gives the picture as RGB, as PIL converts it: alpha is dropped, 16-bit grey is clipped, EXIF is ignored."""
-        if not isinstance(image, Image.Image):
-            image = Image.fromarray(np.asarray(image))
-        return image.convert("RGB")
+        return as_picture(image).convert("RGB")
 
     def _preprocess(
         self,
@@ -101,6 +99,13 @@ class Phi3VImageProcessor(PilBackend):
         (new_width, new_height), transposed = _scaled_size(width, height, num_crops)
         rows, columns = math.ceil(new_height / CROP), new_width // CROP
         return num_image_tokens(columns, rows) if transposed else num_image_tokens(rows, columns)
+
+
+def as_picture(image: Any) -> Image.Image:
+    """A PIL picture from one, from a path or URL, or from an array `(height, width, 3)` of bytes."""
+    if isinstance(image, str):
+        return load_image(image)
+    return image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
 
 
 def num_image_tokens(rows: int, columns: int) -> int:

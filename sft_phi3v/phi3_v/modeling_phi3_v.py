@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
 
 from sft_phi3v.phi3_v.configuration_phi3_v import Phi3VConfig
 from sft_phi3v.phi3_v.image_processing_phi3_v import CROP
@@ -195,6 +196,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
             )
         return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features.to(inputs_embeds))
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -276,6 +278,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         """See [`Phi3VModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, image_sizes)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -323,6 +326,29 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Repeats each row for its beams; its pictures as a whole, where transformers would repeat crop by crop."""
+        if expand_size > 1 and input_ids is not None and kwargs.get("pixel_values") is not None:
+            pixel_values, image_sizes = kwargs.pop("pixel_values"), kwargs.pop("image_sizes")
+            crops = ((image_sizes // CROP).prod(dim=1) + 1).tolist()
+            pictures = pixel_values.split(crops) if pixel_values.ndim == 4 else list(pixel_values.split(1))
+            is_image = input_ids == self.config.image_token_id
+            starts = is_image & ~nn.functional.pad(is_image, (1, -1))
+            rows = torch.arange(len(pictures), device=input_ids.device).split(starts.sum(dim=1).tolist())
+            order = torch.cat([row.repeat(expand_size) for row in rows])
+            pixel_values = torch.cat([pictures[picture] for picture in order.tolist()])
+            input_ids, kwargs = super()._expand_inputs_for_generation(
+                expand_size, is_encoder_decoder, input_ids, **kwargs
+            )
+            return input_ids, {**kwargs, "pixel_values": pixel_values, "image_sizes": image_sizes[order]}
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
 
     # generate() looks for the literal name `kwargs` to decide which model inputs it may pass.
     def prepare_inputs_for_generation(

@@ -20,7 +20,7 @@ from PIL.Image import Image
 from tokenizers import Encoding, Tokenizer, normalizers
 from transformers import BatchFeature, ProcessorMixin, TokenizersBackend
 
-from sft_phi3v.phi3_v.image_processing_phi3_v import CROP, Phi3VImageProcessor
+from sft_phi3v.phi3_v.image_processing_phi3_v import CROP, Phi3VImageProcessor, as_picture
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 # Stands for a "<" that is plain text, until the tokenizer's normaliser turns it back. A Unicode noncharacter, which no
@@ -108,7 +108,8 @@ class Phi3VProcessor(ProcessorMixin):
         """
         Args:
             images (`PIL.Image.Image`, `list` or nested `list`, *optional*):
-                Pictures: one list per text, or a flat list for all texts, in the order of the tags' numbers.
+                Pictures: one list per text, or a flat list for all texts, in the order of the tags' numbers. Paths,
+                URLs and arrays `(height, width, 3)` of bytes do as well.
             text (`str` or `list[str]`): Texts, with `<|image_1|>`-style tags where pictures go. Tags may come in any
                 order and may repeat; each text counts from 1.
             num_crops (`int`, *optional*): Overrides the image processor's.
@@ -283,7 +284,7 @@ def _given(**kwargs: Any) -> dict[str, Any]:
 
 def _flatten(images: Any) -> list[Image]:
     if not isinstance(images, list | tuple):
-        return [images]
+        return [as_picture(images)]
     return [picture for entry in images for picture in _flatten(entry)]
 
 

@@ -563,3 +563,35 @@ def test_what_trl_and_peft_look_up_is_there(model):
     assert model.supports_gradient_checkpointing
     assert "Phi3DecoderLayer" in model._no_split_modules
     assert model.config.image_token_id == IMAGE_TOKEN
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["crops", "padded crops"])
+def test_beams_and_samples_see_their_own_rows_pictures(padded):
+    """Two rows with two and one pictures of several crops each: every copy of a row must get that row's pictures."""
+    model = shared_model()
+    rows = [load_case(name) for name in ("image2_0", "image1_0")]
+    length = max(row.inputs["input_ids"].shape[1] for row in rows)
+    ids = torch.full((2, length), PAD_TOKEN)
+    for index, row in enumerate(rows):
+        ids[index, -row.inputs["input_ids"].shape[1] :] = row.inputs["input_ids"][0]
+    sizes = torch.cat([row.inputs["image_sizes"] for row in rows])
+    pixels = torch.cat([row.inputs["pixel_values"] for row in rows])
+    if padded:
+        counts = ((sizes // 336).prod(dim=1) + 1).tolist()
+        pixels = torch.nn.utils.rnn.pad_sequence(pixels.split(counts), batch_first=True)
+    expanded, kwargs = model._expand_inputs_for_generation(
+        expand_size=3, input_ids=ids, attention_mask=(ids != PAD_TOKEN).long(), pixel_values=pixels, image_sizes=sizes
+    )
+    with torch.no_grad():
+        plain = model(ids, attention_mask=(ids != PAD_TOKEN).long(), pixel_values=pixels, image_sizes=sizes).logits[
+            :, -1
+        ]
+        copies = model(expanded, **kwargs).logits[:, -1]
+    assert torch.allclose(copies, plain.repeat_interleave(3, dim=0), atol=1e-5)
+    assert not torch.allclose(plain[0], plain[1], atol=1e-2)
+
+
+def test_a_tuple_is_returned_where_it_is_asked_for():
+    case = load_case("text_0")
+    output = shared_model()(input_ids=case.inputs["input_ids"], return_dict=False)
+    assert isinstance(output, tuple)

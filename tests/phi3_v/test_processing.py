@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from goldens import IMAGE_TOKEN, PAD_TOKEN, expand_runs, load_case, model_cases, picture, picture_order, prompts
@@ -617,9 +618,23 @@ def test_a_keyword_it_does_not_know_is_an_error(small_folder):
 
 def test_a_published_template_saved_as_a_file_gives_way_to_the_one_with_markers(small_folder, tmp_path):
     folder = shutil.copytree(small_folder, tmp_path / "published")
-    published = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    published = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
     (folder / "chat_template.jinja").write_text(published)
     assert "endgeneration" in Phi3VProcessor.from_pretrained(folder).chat_template
     own = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     (folder / "chat_template.jinja").write_text(own)
     assert Phi3VProcessor.from_pretrained(folder).chat_template == own
+
+
+def test_pictures_may_be_files_and_arrays(small_folder, tmp_path):
+    processor = Phi3VProcessor.from_pretrained(small_folder)
+    image = Image.effect_noise((300, 200), 50).convert("RGB")
+    image.save(tmp_path / "picture.png")
+    for given in (str(tmp_path / "picture.png"), np.asarray(image), torch.from_numpy(np.array(image))):
+        message = [{"role": "user", "content": [{"type": "image", "image": given}, {"type": "text", "text": "What?"}]}]
+        output = processor.apply_chat_template(message, tokenize=True, return_dict=True, return_tensors="pt")
+        expected = processor(images=image, text="<|user|>\n<|image_1|>\nWhat?<|end|>\n", return_tensors="pt")
+        assert torch.equal(output["pixel_values"], expected["pixel_values"])
+        assert torch.equal(output["input_ids"], expected["input_ids"])
