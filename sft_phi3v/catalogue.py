@@ -31,17 +31,13 @@ Part = tuple[str, list[Point]]  # what it is made of, its outline in a box from 
 # Kind -> category code and price in hundreds, small / medium / large.
 KINDS: dict[str, tuple[str, tuple[int, int, int]]] = {
     "coat": ("COATS", (14, 18, 21)),
-    "shirt": ("SHIRTS", (4, 5, 6)),
     "dress": ("DRESSES", (9, 12, 15)),
-    "skirt": ("SKIRTS", (7, 8, 9)),
     "trousers": ("TROUSERS", (6, 8, 10)),
-    "shorts": ("TROUSERS", (3, 4, 5)),
     "scarf": ("SCARVES", (4, 6, 8)),
     "tie": ("TIES", (1, 2, 3)),
     "hat": ("HATS", (2, 3, 4)),
     "bag": ("BAGS", (13, 16, 24)),
     "shoe": ("SHOES", (5, 6, 7)),
-    "boot": ("SHOES", (8, 10, 12)),
     "belt": ("BELTS", (2, 4, 5)),
     "umbrella": ("UMBRELLAS", (3, 5, 7)),
 }
@@ -92,7 +88,7 @@ class Product:
 
     @property
     def category3_code(self) -> str:
-        """The category, in upper case as in the original; boots are SHOES and shorts are TROUSERS."""
+        """The category, in upper case as in the original."""
         return KINDS[self.kind][0]
 
     @property
@@ -107,8 +103,8 @@ class Product:
         return (3 * kind - colour) % len(COLOURS) in (0, 5)
 
 
-def draw_product(rng: random.Random, *, held_out: bool = False) -> Product:
-    """Draws a random product whose pair of kind and colour is, or is not, one of the held-out pairs."""
+def draw_product(rng: random.Random, *, held_out: bool | None = None) -> Product:
+    """Draws a random product; its pair of kind and colour is, is not, or may be one of the held-out pairs."""
     while True:
         product = Product(
             kind=rng.choice(list(KINDS)),
@@ -117,7 +113,7 @@ def draw_product(rng: random.Random, *, held_out: bool = False) -> Product:
             size=rng.choice(list(SIZES)),
             background=rng.choice(list(BACKGROUNDS)),
         )
-        if product.held_out == held_out:
+        if held_out in (None, product.held_out):
             return product
 
 
@@ -337,18 +333,6 @@ def _coat(rng: random.Random) -> list[Part]:
     return parts
 
 
-def _shirt(rng: random.Random) -> list[Part]:
-    cuff, hem = rng.uniform(0.02, 0.12), rng.uniform(0.72, 0.82)
-    half = [(0.18, -0.78), (0.5, -0.68), (0.96, cuff - 0.14), (0.72, cuff + 0.06), (0.5, -0.2), (0.5, hem)]
-    parts: list[Part] = [("fabric", _rounded(_mirrored(half), times=1))]
-    for sign in (1, -1):
-        parts.append(("trim", [(0, -0.6), (sign * 0.18, -0.82), (sign * 0.27, -0.66), (sign * 0.1, -0.5)]))
-    parts.append(("seam", [(0, -0.6), (0, hem)]))
-    parts.extend(("trim", _circle(0.05, y, 0.03)) for y in (-0.3, -0.02, 0.26, 0.54))
-    parts.append(("seam", [(0.18, -0.28), (0.4, -0.28), (0.4, -0.02), (0.29, 0.06), (0.18, -0.02), (0.18, -0.28)]))
-    return parts
-
-
 def _dress(rng: random.Random) -> list[Part]:
     waist, hem = rng.uniform(0.2, 0.25), rng.uniform(0.66, 0.82)
     half = [(0.2, -0.96), (0.3, -0.96), (0.36, -0.56), (waist, -0.14), (hem, 0.92), (hem * 0.5, 0.98)]
@@ -360,21 +344,8 @@ def _dress(rng: random.Random) -> list[Part]:
     return parts
 
 
-def _skirt(rng: random.Random) -> list[Part]:
-    waist, hem = rng.uniform(0.36, 0.44), rng.uniform(0.8, 0.95)
-    body = _mirrored([(waist, -0.6), (waist + 0.12, -0.3), (hem, 0.62), (hem * 0.5, 0.72)])
-    parts: list[Part] = [("fabric", _rounded(body, times=1))]
-    parts.extend(("seam", [(x * waist, -0.5), (x * hem, 0.66)]) for x in (-0.66, -0.33, 0, 0.33, 0.66))
-    parts.append(("trim", [(-waist, -0.7), (waist, -0.7), (waist + 0.02, -0.54), (-waist - 0.02, -0.54)]))
-    return parts
-
-
 def _trousers(rng: random.Random) -> list[Part]:
     return _legs(waist=0.42, inner=rng.uniform(0.1, 0.16), outer=rng.uniform(0.46, 0.56), top=-0.95, hem=0.95)
-
-
-def _shorts(rng: random.Random) -> list[Part]:
-    return _legs(waist=0.6, inner=rng.uniform(0.12, 0.2), outer=rng.uniform(0.86, 0.95), top=-0.6, hem=0.55)
 
 
 def _legs(*, waist: float, inner: float, outer: float, top: float, hem: float) -> list[Part]:
@@ -454,17 +425,6 @@ def _shoe(rng: random.Random) -> list[Part]:
     return _facing(parts, rng)
 
 
-def _boot(rng: random.Random) -> list[Part]:
-    shaft, toe = rng.uniform(-0.96, -0.86), rng.uniform(0.72, 0.84)
-    upper = [(-0.56, shaft), (0.16, shaft), (0.14, 0.2), (0.56, 0.38), (toe, 0.74), (-0.56, 0.74), (-0.5, 0.1)]
-    parts: list[Part] = [("fabric", _rounded(upper, times=1))]
-    parts.append(("trim", [(-0.54, shaft + 0.01), (0.16, shaft + 0.01), (0.16, shaft + 0.16), (-0.54, shaft + 0.16)]))
-    parts.append(("sole", _rounded([(-0.6, 0.72), (toe + 0.02, 0.72), (toe, 0.84), (-0.6, 0.84)], times=1)))
-    parts.append(("sole", [(-0.58, 0.82), (-0.16, 0.82), (-0.2, 0.97), (-0.56, 0.97)]))
-    parts.append(("seam", [(-0.18, shaft + 0.16), (-0.2, 0.3), (-0.52, 0.42)]))
-    return _facing(parts, rng)
-
-
 def _belt(rng: random.Random) -> list[Part]:
     height, sag = rng.uniform(0.19, 0.24), rng.uniform(-0.08, 0.08)
     xs = [-0.96 + 0.16 * step for step in range(13)]
@@ -494,17 +454,13 @@ def _umbrella(rng: random.Random) -> list[Part]:
 
 _SHAPES: dict[str, Callable[[random.Random], list[Part]]] = {
     "coat": _coat,
-    "shirt": _shirt,
     "dress": _dress,
-    "skirt": _skirt,
     "trousers": _trousers,
-    "shorts": _shorts,
     "scarf": _scarf,
     "tie": _tie,
     "hat": _hat,
     "bag": _bag,
     "shoe": _shoe,
-    "boot": _boot,
     "belt": _belt,
     "umbrella": _umbrella,
 }

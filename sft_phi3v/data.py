@@ -27,26 +27,39 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
 import PIL.Image
 import PIL.ImageOps
+from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, Image, LargeList, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from datasets.utils.file_utils import xopen  # also opens members of archives, as `datasets` names them
 
-from sft_phi3v.recipe import Recipe
+from sft_phi3v.recipe import MARKUP, Recipe, TaskArguments
 
 logger = logging.getLogger(__name__)
 
 ROW = "__row__"  # column with a row's position in its source, so that an error can name it after any shuffling
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+_NO_TABLES = ("metadata", "dataset_info", "dataset_infos", "dataset_dict", "state")
+_SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 _URL = re.compile(r"https?://")
 _DOWNLOAD = (
     "Nothing is downloaded while training: make a local data set with the pictures in it first (an Image column, or "
     "paths of local files) and point `dataset_name` at it."
 )
 _TEXT = (Value("string"), Value("large_string"))
+_PLAIN = re.compile(r"-?(?:0|[1-9]\d{0,17})(?:\.\d+)?(?:e[-+]\d+)?")  # 00123 and 1E5 are codes
+_CURRENCIES = (
+    "AED ARS AUD BRL CAD CHF CLP CNY COP CZK DKK EGP EUR GBP HKD HUF IDR ILS INR JPY KRW KWD MXN MYR NOK NZD PHP PLN "
+    "QAR RON RUB SAR SEK SGD THB TRY TWD UAH USD VND ZAR"
+)
+_CURRENCY = rf"(?:[A-Z]{{0,2}}[$¢-¥฿\u20a0-\u20cf]|{_CURRENCIES.replace(' ', '|')})"  # $, US$, €, EUR
+_NUMBER = re.compile(
+    rf"(?:{_CURRENCY}\s?)?([-+]?(?:[1-9]\d{{0,2}}(?:,\d{{3}})+|[1-9]\d*|0)?(?:\.\d*)?)(?:\s?{_CURRENCY})?"
+)
 
 
 def load_splits(recipe: Recipe) -> tuple[Dataset, Dataset]:
@@ -63,7 +76,7 @@ def load_splits(recipe: Recipe) -> tuple[Dataset, Dataset]:
     Returns:
         `tuple[Dataset, Dataset]`:
             Train rows and held-out rows, with the source's columns and [`ROW`]. Without a test split in the source the
-            held-out rows are drawn by `seed` alone, so that every process and machine draws the same.
+            held-out rows are drawn by `seed` alone, so that every process and machine draws the same. Prints which.
 
     Raises:
         ValueError: No such data set, split, column or picture file; pictures that are URLs; no rows.
@@ -80,7 +93,9 @@ def load_splits(recipe: Recipe) -> tuple[Dataset, Dataset]:
     if test == train:
         raise ValueError(f"`dataset_test_split` is the train split {train!r}: scores on learned rows say nothing.")
     rows = {name: _prepare(splits[name], name, folder, recipe) for name in (train, test) if name in splits}
+    unused = [name for name in splits if name not in rows]
     if test in rows:
+        _say_held_out(f"split {test!r}", unused)
         return rows[train], rows[test]
 
     total = len(rows[train])
@@ -91,7 +106,7 @@ def load_splits(recipe: Recipe) -> tuple[Dataset, Dataset]:
             f"split {train!r}. Hold out fewer, or name a `dataset_test_split`."
         )
     parts = rows[train].train_test_split(test_size=count, seed=recipe.training.seed)
-    logger.info("held out %d of the %d rows of split %r (seed %d)", count, total, train, recipe.training.seed)
+    _say_held_out(f"{count} of the {total} rows of split {train!r}, seed {recipe.training.seed}", unused)
     return parts["train"], parts["test"]
 
 
@@ -121,8 +136,8 @@ def check_rows(dataset: Dataset, recipe: Recipe) -> None:
     """
     Check every row before paying for a GPU: fields filled in, turns in order, picture files there and readable.
 
-    Reads picture headers, not pixels (some 100,000 rows in a minute). Logs a warning for answers that the template
-    cannot read back, since they cannot be scored.
+    Of PNG and JPEG it reads headers and ends, not pixels (some 100,000 rows in a minute). Logs a warning for answers
+    that the template cannot read back, since they cannot be scored, and for text that looks like Phi-3's markup.
 
     Args:
         dataset (`Dataset`): Rows from [`load_splits`].
@@ -138,12 +153,15 @@ def check_rows(dataset: Dataset, recipe: Recipe) -> None:
     reader = _Reader.of(dataset, recipe)
     problems: list[str] = []
     unread: list[int] = []
+    marked: list[int] = []
     for batch in reader.undecoded(dataset).iter(batch_size=256):
         for row in _rows(batch):
             try:
-                reader.messages(row)
+                parts = [part for turn in reader.messages(row) for part in turn["content"]]
+                if any(MARKUP.search(part.get("text", "")) for part in parts):
+                    marked.append(row[ROW])
                 for picture in reader.pictures(row):
-                    _check_header(picture)
+                    _check_picture(picture)
                 if reader.answer and not reader.answer.reads_back(row):
                     unread.append(row[ROW])
             except ValueError as error:
@@ -157,6 +175,11 @@ def check_rows(dataset: Dataset, recipe: Recipe) -> None:
             "%d of %d answers do not read back through `answer` (first: row %d): a field holds the text that ends "
             "another. They are trained on, but their fields cannot be scored",
             *(len(unread), len(dataset), unread[0]),
+        )
+    if marked:
+        logger.warning(
+            "%d of %d rows hold markup such as <|end|> or <|image_1|> (first: row %d): it is learned as plain text",
+            *(len(marked), len(dataset), marked[0]),
         )
 
 
@@ -183,30 +206,24 @@ class Template:
     """
 
     def __init__(self, text: str, *, key: str = "answer") -> None:
-        self.text, self.key = text, key
+        self.text, self.key = text.strip(), key  # a YAML block ends in a line break that no completion has
         try:
-            pieces = list(Formatter().parse(text))
+            pieces = list(Formatter().parse(self.text))
         except ValueError as error:
             raise ValueError(f"`{key}` is {text!r}: {error}. Write {{{{ and }}}} for braces that are text.") from None
-        self._pieces = [(literal, name, spec or "") for literal, name, spec, _ in pieces]
-        self.fields = tuple(dict.fromkeys(name for _, name, _, _ in pieces if name is not None))
+        self._literals, self._slots = [""], list[tuple[str, str]]()  # a literal, then a slot and a literal at a time
+        for literal, name, spec, _ in pieces:
+            self._literals[-1] += literal
+            if name is not None:
+                self._slots.append((name, spec or ""))
+                self._literals.append("")
+        self.fields = tuple(dict.fromkeys(name for name, _ in self._slots))
         if "" in self.fields or any(conversion for *_, conversion in pieces):
             raise ValueError(f"`{key}` is {text!r}, expected fields such as {{title}} or {{price:.2f}}: column names.")
-        between = [literal for literal, name, _ in self._pieces[1:] if name is not None]
-        if "" in between:
+        if "" in self._literals[1:-1]:
             raise ValueError(f"`{key}` is {text!r}: two fields touch. Put text between them, to read them back.")
-        self._pattern = re.compile(self._regex(), re.DOTALL)
-
-    def _regex(self) -> str:
-        # Fields are greedy: a title that holds ", Category: " itself still ends at the last one.
-        groups = {name: f"f{index}" for index, name in enumerate(self.fields)}
-        regex, seen = "", set[str]()
-        for literal, name, _ in self._pieces:
-            regex += re.escape(literal)
-            if name is not None:
-                regex += f"(?P={groups[name]})" if name in seen else f"(?P<{groups[name]}>.+)"
-                seen.add(name)
-        return regex
+        if key == "answer" and not self.fields:
+            raise ValueError(f"`answer` is {text!r}, the same for every row: write columns in braces, as in {{title}}.")
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raise a `ValueError` that names the columns there are, if a field is none of them."""
@@ -229,8 +246,8 @@ class Template:
             ValueError: A field is empty, or its value does not fit its format.
         """
         self.check_columns(row)
-        shown = (self._show(row[name], name, spec) if name else "" for _, name, spec in self._pieces)
-        return "".join(piece[0] + text for piece, text in zip(self._pieces, shown, strict=True))
+        shown = [self._show(row[name], name, spec) for name, spec in self._slots]
+        return "".join(literal + text for literal, text in zip(self._literals, [*shown, ""], strict=True))
 
     def _show(self, value: Any, name: str, spec: str) -> str:
         if value is None or value != value or not str(value).strip():
@@ -252,15 +269,23 @@ class Template:
                 Each field's text without the space around it ([`number`] makes a number of it), `None` where the text
                 has not the template's form.
         """
-        match = self._pattern.fullmatch(text) or self._pattern.fullmatch(text.strip())
-        if match is None:
+        text, found = text.strip(), dict[str, str]()
+        if not text.endswith(self._literals[-1]):
             return None
-        found = {name: value.strip() for name, value in zip(self.fields, match.groups(), strict=True)}
-        return found if all(found.values()) else None
+        end = len(text) - len(self._literals[-1])
+        # From the right, so that a title that holds ", Category: " itself still ends at the last one.
+        for index, (name, _) in reversed(list(enumerate(self._slots))):
+            literal = self._literals[index]
+            start = text.rfind(literal, 0, max(end - 1, 0)) if index else text.find(literal, 0, len(literal))
+            value = text[start + len(literal) : end].strip()
+            if start < 0 or not value or found.setdefault(name, value) != value:
+                return None
+            end = start
+        return {name: found[name] for name in self.fields} if end == 0 else None
 
     def reads_back(self, row: Mapping[str, Any]) -> bool:
         """Whether `parse(render(row))` gives the row's own values."""
-        shown = {name: self._show(row[name], name, spec).strip() for _, name, spec in self._pieces if name}
+        shown = {name: self._show(row[name], name, spec).strip() for name, spec in self._slots}
         return self.parse(self.render(row)) == shown
 
 
@@ -272,9 +297,10 @@ def number(text: str) -> float | None:
         text (`str`): Such as `"1290"`, `"$1,290.00"` or `"1,290 USD"`.
 
     Returns:
-        `float` or `None`: 1290.0 for these three, `None` for text that is no single number (`"12,50"`, `"3 for 2"`).
+        `float` or `None`: 1290.0 for these three, `None` for text that is not a number and nothing else (`"12,50"`,
+            `"3 for 2"`, `"size 38"`, `"00123"`).
     """
-    match = re.fullmatch(r"[^\d+\-.,]*([-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?)[^\d]*", text.strip())
+    match = _NUMBER.fullmatch(text.strip())
     digits = match[1].replace(",", "") if match else ""
     return float(digits) if re.search(r"\d", digits) else None
 
@@ -292,8 +318,9 @@ class _Reader:
         columns, task = [name for name in dataset.column_names if name != ROW], recipe.task
         prompt = Template(task.prompt, key="prompt")
         if "messages" in columns:
-            if task.answer is not None:
-                raise ValueError("`answer` is given and the rows hold `messages`, which say it. Remove `answer`.")
+            for key in ("prompt", "answer"):
+                if getattr(task, key) != getattr(TaskArguments, key):
+                    raise ValueError(f"`{key}` is given and the rows hold `messages`, which say it. Remove `{key}`.")
             column = next((name for name in ("images", task.image_column) if name in columns), None)
             return cls(prompt, None, column)
         if task.answer is None:
@@ -385,31 +412,44 @@ def _rows(batch: Mapping[str, list[Any]]) -> Iterable[dict[str, Any]]:
     return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
+def _file(picture: dict[str, Any]) -> BinaryIO:
+    return Path(picture["path"]).open("rb") if picture["bytes"] is None else io.BytesIO(picture["bytes"])
+
+
 def _open(picture: dict[str, Any]) -> PIL.Image.Image:
     """The picture, upright. Its size is known now; its pixels are decoded when they are first asked for."""
     try:
-        content = Path(picture["path"]).read_bytes() if picture["bytes"] is None else picture["bytes"]
-        image = PIL.Image.open(io.BytesIO(content))
+        with _file(picture) as file:
+            image = PIL.Image.open(io.BytesIO(file.read()))
         # As `datasets` does: cameras store how they were held, and the model should not see a coat lying down.
         return PIL.ImageOps.exif_transpose(image) if "exif" in image.info else image
     except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"the picture{_named(picture)} cannot be read: {error}") from error
 
 
-def _check_header(picture: dict[str, Any]) -> None:
+def _check_picture(picture: dict[str, Any]) -> None:
+    """Raises a `ValueError` for a picture that is not whole, decoding it only where nothing less can tell."""
     try:
-        with xopen(picture["path"], "rb") if picture["bytes"] is None else io.BytesIO(picture["bytes"]) as file:
+        with _file(picture) as file:
             image = PIL.Image.open(file)
-            image.verify()
-            if image.format == "JPEG":  # verify sees no missing end; decode the few that do not end as a JPEG should
+            image.verify()  # checks every part of a PNG, and of the other formats next to nothing
+            whole = image.format == "PNG"
+            if image.format == "JPEG":  # its end mark cannot occur in pixels
                 file.seek(-min(64, file.seek(0, io.SEEK_END)), io.SEEK_END)
-                if b"\xff\xd9" not in file.read():
-                    file.seek(0)
-                    PIL.Image.open(file).load()
+                whole = b"\xff\xd9" in file.read()
+            if not whole:
+                file.seek(0)
+                PIL.Image.open(file).load()
     except FileNotFoundError:
         raise ValueError(f"the picture {picture['path']} does not exist") from None
     except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"the picture{_named(picture)} cannot be read: {error}") from error
+
+
+def _say_held_out(source: str, unused: list[str]) -> None:
+    rest = f"; not used: {', '.join(unused)} (to score on one, name it: `dataset_test_split`)" if unused else ""
+    if PartialState().is_main_process:
+        print(f"held out: {source}{rest}", flush=True)
 
 
 def _named(picture: Mapping[str, Any]) -> str:
@@ -433,16 +473,13 @@ def _load(recipe: Recipe) -> tuple[DatasetDict, Path | None]:
         if path.is_file():
             if path.suffix not in _BUILDERS:
                 raise ValueError(f"expected a file of {', '.join(_BUILDERS)}, or a folder")
-            return load_dataset(_BUILDERS[path.suffix], data_files={train: str(path)}), path.parent
+            return _read({train: [str(path)]}), path.parent
         if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
             saved = load_from_disk(str(path))
             return saved if isinstance(saved, DatasetDict) else DatasetDict({train: saved}), path
         if path.is_dir():
             files = _tables(path, recipe)
-            if files:
-                suffix = Path(next(iter(files.values()))[0]).suffix
-                return load_dataset(_BUILDERS[suffix], data_files=files), path
-            return load_dataset(str(path)), path
+            return _read(files) if files else load_dataset(str(path)), path
         if name.count("/") > 1 or name.startswith(("/", ".", "~")) or path.suffix in _BUILDERS:
             raise ValueError(f"no such file or folder (paths count from {Path.cwd()})")
         return load_dataset(name, recipe.script.dataset_config), None
@@ -455,7 +492,8 @@ def _load(recipe: Recipe) -> tuple[DatasetDict, Path | None]:
         raise ValueError(
             f"`dataset_name` is {name!r}: there is no such file or folder in {Path.cwd()}, so the data set of that "
             "name would be fetched from the Hugging Face Hub, which cannot be reached from here. Where there is a "
-            f"network: hf download {name} --repo-type dataset --local-dir FOLDER, then point `dataset_name` at FOLDER."
+            f"network: hf download {name} --repo-type dataset --local-dir FOLDER, then point `dataset_name` at FOLDER. "
+            "It must hold the pictures themselves: where its rows hold URLs, make a copy with an `image` column."
         ) from error
     except (DatasetGenerationError, ValueError, FileNotFoundError) as error:
         reason = "it has no rows" if "corresponds to no data" in str(error) else error.__cause__ or error
@@ -469,14 +507,50 @@ def _tables(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
     `datasets` goes by the most frequent kind of file, so that 1,000 pictures beside a `rows.csv` would hide it.
     """
     found = [file for place in (folder, folder / "data") if place.is_dir() for file in sorted(place.iterdir())]
-    files = [file for file in found if file.suffix in (".parquet", ".jsonl", ".csv") and file.stem != "metadata"]
+    tables = [file for file in found if file.suffix in _BUILDERS and file.stem not in _NO_TABLES]
+    files = [file for file in tables if file.suffix != ".json"]
+    if not files and all(file.stem != "metadata" for file in found):
+        files = tables  # beside other tables a .json describes them, most likely
     if len({file.suffix for file in files}) > 1:
         raise ValueError(f"it holds tables of several kinds ({', '.join(file.name for file in files)}): name one")
-    train, test = recipe.script.dataset_train_split, recipe.script.dataset_test_split
-    words = [re.split(r"[-_.]", file.name)[0] for file in files]  # train-00000-of-00002.parquet, test.csv
+    train = recipe.script.dataset_train_split
+    named = [_split_of(file, recipe) for file in files]
     splits: dict[str, list[str]] = {}
-    for word, file in zip(words, files, strict=True):  # without a file for train, all but the test file are train
-        splits.setdefault(word if train in words or word == test else train, []).append(str(file))
+    for name, file in zip(named, files, strict=True):  # without a file for train, those that name no split are train
+        other = re.sub(r"\W", "_", file.stem) if train in named else train
+        splits.setdefault(name or other, []).append(str(file))
+    return splits
+
+
+def _split_of(file: Path, recipe: Recipe) -> str | None:
+    """The split that a file's name says: train-00000-of-00002.parquet, burberry_test.csv, 2024.validation.jsonl."""
+    own = {name.lower(): name for name in (recipe.script.dataset_train_split, recipe.script.dataset_test_split)}
+    whole, letters = (set(re.split(pattern, file.stem.lower())) for pattern in (r"[\W_]+", r"[\W\d_]+"))  # test2: test
+    found = (whole & {*own, *_SPLITS}) or (letters & {*own, *_SPLITS})
+    if len(found) > 1:
+        raise ValueError(f"{file.name} names several splits ({', '.join(sorted(found))}): rename it")
+    return next((own.get(word, word) for word in found), None)
+
+
+def _read(files: dict[str, list[str]]) -> DatasetDict:
+    """
+    Tables of one kind, by split.
+
+    CSV is taken as it stands, "NA" and 00123 too: a column holds numbers where every value of every split is one.
+    """
+    suffix = Path(next(iter(files.values()))[0]).suffix
+    if suffix != ".csv":
+        return load_dataset(_BUILDERS[suffix], data_files=files)
+    splits = DatasetDict()
+    for split, names in files.items():
+        tables = [pd.read_csv(name, dtype=str, keep_default_na=False, na_values=[""]) for name in names]
+        splits[split] = Dataset.from_pandas(pd.concat(tables), preserve_index=False)
+    for column in {name: None for rows in splits.values() for name in rows.column_names}:
+        holders = [split for split, rows in splits.items() if column in rows.column_names]
+        values = [value for split in holders for value in splits[split][column] if value is not None]
+        if values and all(map(_PLAIN.fullmatch, values)):
+            kind = Value("int64" if all(value.lstrip("-").isdigit() for value in values) else "float64")
+            splits |= {split: splits[split].cast_column(column, kind) for split in holders}
     return splits
 
 
@@ -489,6 +563,10 @@ def _prepare(dataset: Dataset, split: str, folder: Path | None, recipe: Recipe) 
         if isinstance(kind, ClassLabel):  # {label} in `answer` should read "coat", not 3; -1 stands for none
             values = [kind.int2str(value) if value is not None and value >= 0 else None for value in dataset[name]]
             dataset = dataset.remove_columns(name).add_column(name, values, feature=Value("string"))
+        elif kind in (Value("float16"), Value("float32")):  # 19.99, not 19.989999771118164
+            short = np.dtype(kind.dtype).type
+            values = [value if value is None else float(str(short(value))) for value in dataset[name]]
+            dataset = dataset.remove_columns(name).add_column(name, values, feature=Value("float64"))
     column = recipe.task.image_column
     if "messages" in dataset.column_names and "images" in dataset.column_names:
         column = "images"

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import sys
 from collections import Counter, defaultdict
@@ -30,9 +31,11 @@ from sft_phi3v.data import ROW, Template, number, to_examples
 from sft_phi3v.model import load_model
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.preview import prepare
-from sft_phi3v.recipe import Recipe, check_machine, load_recipe
+from sft_phi3v.recipe import RESUMABLE, Recipe, check_machine, differences, load_recipe
 
 WITHIN = 0.10
+# What may differ from the recipe that was trained: none of it changes what is scored against what.
+RESCORABLE = re.compile(rf"eval_rows|max_new_tokens|use_cpu|bf16|fp16|dtype|{RESUMABLE.pattern}")
 
 
 @dataclass(frozen=True)
@@ -426,6 +429,12 @@ def evaluate(recipe: Recipe) -> Evaluation:
         raise ValueError(
             f"output_dir: {str(folder)!r} holds no trained model (adapter_config.json or model.safetensors). Train "
             f"first: accelerate launch sft_phi3v/run.py {recipe.path}"
+        )
+    changed = [key for key in differences(folder / "recipe.yaml", recipe) if not RESCORABLE.fullmatch(key)]
+    if changed:
+        raise ValueError(
+            f"output_dir: {str(folder)!r} was trained by another recipe (it differs in {', '.join(changed)}): "
+            f"these would not be that model's scores. Score it with its own: {folder / 'recipe.yaml'}"
         )
     collator, train_rows, held_out_rows = prepare(recipe)
     evaluation = Evaluation(recipe, collator.processor, train_rows, held_out_rows)

@@ -108,7 +108,7 @@ RENAMED: dict[str, str] = {
     "`accelerate launch --config_file`",
     "gradient_checkpointing": "write `activation_checkpointing`",
     "gradient_checkpointing_kwargs": "write `activation_checkpointing_kwargs`",
-    "group_by_length": "write `train_sampling_strategy: group_by_length`",
+    "group_by_length": "remove it: a row's length is known only once it is read",
     "half_precision_backend": "remove it: there is one backend",
     "include_inputs_for_metrics": "write `include_for_metrics`",
     "logging_dir": "remove it: trackers choose their own folder",
@@ -154,6 +154,15 @@ REFUSED: dict[str, str] = {
 
 _REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 
+# What a resumed run may change: how long it runs, what it shows and keeps, how rows are spread over devices.
+RESUMABLE = re.compile(
+    r"max_steps|num_train_epochs|(save|logging|dataloader|hub)_.*|push_to_hub|report_to|run_name|disable_tqdm|"
+    r"eval_strategy|eval_steps|per_device_(train|eval)_batch_size|gradient_accumulation_steps|generation_batch_size|"
+    r"env|output_dir"
+)
+
+MARKUP = re.compile(r"<\|\w+\|>")  # <|image_1|>, <|end|>: what Phi-3's chat template puts around turns and pictures
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -166,8 +175,8 @@ class Recipe:
         training ([`~trl.SFTConfig`]): Training, evaluation, tracking, output.
         task ([`TaskArguments`]): Our own keys.
         settings (`dict[str, Any]`):
-            The keys as the file and the command line gave them, checked and converted, and [`DEFAULTS`]. What is not
-            here has TRL's default.
+            The keys as the file and the command line gave them, checked and converted, [`DEFAULTS`], and in any case
+            our own keys, the seed and LoRA's size. What is not here has TRL's default.
         path (`str`): The file it came from.
     """
 
@@ -190,8 +199,8 @@ class Recipe:
 
         Returns:
             `dict[str, Any]`:
-                Every key that was given or differs from TRL's default; no secret, and no `resume_from_checkpoint`,
-                which says how a run was started and not what it is.
+                [`Recipe.settings`]; no secret, and no `resume_from_checkpoint`, which says how a run was started and
+                not what it is.
         """
         left_out = {"hub_token", "resume_from_checkpoint"}
         dumped = {key: value for key, value in self.settings.items() if key not in left_out}
@@ -277,6 +286,11 @@ def load_recipe(argv: list[str]) -> Recipe:
         raise ValueError(f"{path}: {error}") from error
     # ModelConfig makes text of a list of one name, which PEFT then takes for a pattern that must match the whole path.
     model.lora_target_modules = settings.get("lora_target_modules")
+    settings |= vars(task) | {"seed": training.seed}  # what defines a run is saved, whatever a later default says
+    if model.use_peft:
+        settings |= {key: getattr(model, key) for key in ("lora_r", "lora_alpha", "lora_dropout")}
+    else:
+        del settings["adapt"]  # without adapters it says nothing, and is refused
     return Recipe(script, model, training, task, settings, path)
 
 
@@ -319,35 +333,27 @@ def check_output_dir(recipe: Recipe) -> None:
     """
     Refuse an `output_dir` that already holds another run, so that no result is overwritten or mixed.
 
-    The same recipe may start over in its own folder while no checkpoint lies there; `resume_from_checkpoint` goes on.
+    The same recipe may start over in its own folder while neither a checkpoint nor a result lies there;
+    `resume_from_checkpoint` goes on, with the same recipe up to the keys of [`RESUMABLE`].
 
     Args:
         recipe ([`Recipe`]): The recipe.
 
     Raises:
-        ValueError: The folder holds another run, or there is nothing to resume from.
+        ValueError: The folder holds another run, there is nothing to resume from, or another recipe began it.
     """
     folder = Path(typing.cast(str, recipe.training.output_dir))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`output_dir` is {str(folder)!r}, which is a file, expected a folder.")
     checkpoints = [found.name for found in folder.glob("checkpoint-*") if found.is_dir()]
-    if recipe.resume is True and not checkpoints:
-        raise ValueError(
-            f"`resume_from_checkpoint` is given and `output_dir` {str(folder)!r} holds no checkpoint-* folder to "
-            "resume from. Remove the key to start, or give the path of a checkpoint."
-        )
-    if isinstance(recipe.resume, str) and not Path(recipe.resume).is_dir():
-        raise ValueError(
-            f"`resume_from_checkpoint` is {recipe.resume!r}, which is no folder, expected a checkpoint-* folder or "
-            f"true for the last one in {str(folder)!r} (there: {', '.join(checkpoints) or 'none'})."
-        )
-    if recipe.resume:
+    if recipe.resume and _resumed_folder(recipe, folder, checkpoints).resolve() == folder.resolve():
         return
-    saved = folder / "recipe.yaml"
+    saved, metrics = folder / "recipe.yaml", folder / "metrics.json"
+    differ = differences(saved, recipe)
+    finished = [*folder.glob("adapter_model.safetensors"), *folder.glob("model*.safetensors")]
+    scored = metrics.is_file() and '"after"' in metrics.read_text(encoding="utf-8")
     if saved.is_file():
-        before, now = _read_yaml(str(saved)), recipe.dump()
-        differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if not differ and not checkpoints:
+        if not (differ or checkpoints or finished or scored):
             return
         # Of the same recipe too: a run from the start would mix its checkpoints with these and delete the wrong ones.
         reason = (
@@ -359,10 +365,52 @@ def check_output_dir(recipe: Recipe) -> None:
         if not found:
             return
         reason = f"a run ({', '.join(found[:3])})"
+    resumable = checkpoints and all(map(RESUMABLE.fullmatch, differ))
+    resume = "continue that run (--resume_from_checkpoint true), " if resumable else ""
     raise ValueError(
-        f"`output_dir` {str(folder)!r} already holds {reason}. Give a fresh folder (--output_dir ...), continue that "
-        "run (--resume_from_checkpoint true), or remove the folder to start over."
+        f"`output_dir` {str(folder)!r} already holds {reason}. Give a fresh folder (--output_dir ...), {resume}or "
+        "remove the folder to start over."
     )
+
+
+def _resumed_folder(recipe: Recipe, folder: Path, checkpoints: list[str]) -> Path:
+    """The folder of the run that is resumed; a `ValueError` if there is none, or if another recipe began it."""
+    if recipe.resume is True and not checkpoints:
+        raise ValueError(
+            f"`resume_from_checkpoint` is given and `output_dir` {str(folder)!r} holds no checkpoint-* folder to "
+            "resume from. Remove the key to start, or give the path of a checkpoint."
+        )
+    if isinstance(recipe.resume, str):
+        if not Path(recipe.resume).is_dir():
+            raise ValueError(
+                f"`resume_from_checkpoint` is {recipe.resume!r}, which is no folder, expected a checkpoint-* folder or "
+                f"true for the last one in {str(folder)!r} (there: {', '.join(checkpoints) or 'none'})."
+            )
+        folder = Path(recipe.resume).parent
+    saved = folder / "recipe.yaml"
+    if differ := [key for key in differences(saved, recipe) if not RESUMABLE.fullmatch(key)]:
+        raise ValueError(
+            f"`resume_from_checkpoint`: another recipe began that run ({saved} differs in {', '.join(differ)}). Put "
+            "these back as they were, or start a new run in a fresh folder (--output_dir ...)."
+        )
+    return folder
+
+
+def differences(saved: Path, recipe: Recipe) -> list[str]:
+    """
+    The keys in which a saved recipe differs from this one.
+
+    Args:
+        saved (`Path`): A `recipe.yaml` that [`Recipe.save`] wrote; nothing differs if it is not there.
+        recipe ([`Recipe`]): The recipe.
+
+    Returns:
+        `list[str]`: Keys, sorted.
+    """
+    if not saved.is_file():
+        return []
+    before, now = _read_yaml(str(saved)), recipe.dump()
+    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 
 def help_text() -> str:
@@ -449,6 +497,8 @@ def _checked(key: Any, value: Any, known: Mapping[str, Any], *, typed: bool) -> 
         close = difflib.get_close_matches(str(key).removeprefix("no_").replace("-", "_"), known, n=1)
         hint = f"Did you mean `{close[0]}`?" if close else "`--help` lists our own and says where TRL's are described."
         raise ValueError(f"`{key}` is not a recipe key. {hint}")
+    if key == "resume_from_checkpoint" and (isinstance(value, bool) or value == []):
+        value = "false" if value is False else ["true"] if typed else "true"  # a path to TRL, so it is text
     kind, item = known[key]
     choices = [str(choice) for choice in item.metadata.get("choices", ())] or _choices(kind)
     if typed and not value and bool not in (kind, *get_args(kind)):
@@ -560,10 +610,23 @@ def _conflicts(settings: dict[str, Any], known: Mapping[str, Any]) -> Iterator[s
         yield "`load_in_4bit` and `load_in_8bit` are both true. Keep one."
     if bits and not settings.get("use_peft"):
         yield f"`{bits[0]}: true` without `use_peft: true`: quantised weights cannot be trained, adapters on them can."
-    if bits and "dtype" not in settings:
-        yield f"`{bits[0]}: true` without `dtype` would compute in TRL's float32. Write bfloat16 (float32 on a CPU)."
+    dtype = settings.get("dtype", "missing")
+    if bits and dtype in ("missing", "auto", None):
+        computes = f"computes in `dtype`, which is {dtype or 'null'}"
+        yield f"`{bits[0]}: true` {computes}. Write `dtype: bfloat16` (float32 on a CPU)."
+    if not bits and not settings.get("use_peft") and dtype not in ("missing", "float32"):
+        yield (
+            f"`dtype: {dtype or 'null'}` without `use_peft: true`: most updates are too small for 16-bit weights and "
+            "vanish. Write `dtype: float32`; `bf16: true` still computes in bfloat16."
+        )
     if "adapt" in settings and not settings.get("use_peft"):
         yield "`adapt` without `use_peft: true`: nothing would be adapted, every weight would be trained."
+    if settings.get("train_sampling_strategy") == "group_by_length":
+        reason = "a row's length is known only once it is read"
+        yield f"`train_sampling_strategy: group_by_length` is refused: {reason}. Remove it."
+    for key in ("prompt", "answer"):
+        if markup := MARKUP.search(settings.get(key) or ""):
+            yield f"`{key}` holds {markup[0]}: the picture and the turns are added for you. Remove {markup[0]}."
     if "report_to" in settings and settings["report_to"] is None:
         yield "`report_to` is null. Write none (in words) for no tracker."
 

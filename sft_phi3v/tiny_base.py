@@ -4,12 +4,12 @@ It has every part of the real model at toy size (two crops per picture, CLIP, HD
 Phi-3-Vision's special tokens over a vocabulary of some hundred entries) and it is really trained, on a CPU:
 
 1. warm-up: vision tower and projector learn to tell kind, colour, pattern, size and background apart;
-2. captioning: everything learns to describe pictures and to answer questions about them, in lower-case prose, beside
-   text-only practice (copying, spelling, capitals, numbers) that teaches the characters all later answers are made of.
+2. captioning: projector and decoder learn to describe pictures and to answer questions about them, in lower-case
+   prose, beside text-only practice (copying, spelling, capitals, numbers) that teaches the characters all later answers
+   are made of.
 
-Its pictures are drawn as the sample catalogue's are, from other seeds and without the held-out pairs of kind and
-colour. It never sees the catalogue's prices, a category code beside a picture, or the format of the recipe's answer:
-that is what the demo's fine-tuning teaches.
+Its pictures are drawn as the sample catalogue's are, from other seeds. It never sees the catalogue's prices, a category
+code beside a picture, or the format of the recipe's answer: that is what the demo's fine-tuning teaches.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor,
 Turn = tuple[str, str]  # question, answer
 
 VOCAB_SIZE = 896
-WARM_UP_STEPS = 1000  # of 16 pictures
-CAPTION_STEPS = 1500  # of 8 pictures, and 16 pieces of practice
+WARM_UP_STEPS = 1600  # of 16 pictures
+CAPTION_STEPS = 1000  # of 8 pictures, and 8 pieces of practice
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<|image|>")
 _STRIP_RIGHT = ("<|assistant|>", "<|image|>")  # the released tokenizer lets these swallow the whitespace behind them
 
@@ -109,7 +109,7 @@ def _value(rng: random.Random) -> str:
 
 def picture_turns(product: Product, rng: random.Random) -> list[Turn]:
     """Returns a short conversation about the picture of a product; what it says is all in the picture."""
-    kind = f"pair of {product.kind}" if product.kind in ("trousers", "shorts") else product.kind
+    kind = f"pair of {product.kind}" if product.kind == "trousers" else product.kind
     article = "an" if kind[0] == "u" else "a"
     thing = f"{product.size} {product.pattern} {product.colour} {product.kind}"
     if kind != product.kind:
@@ -258,6 +258,8 @@ class _Optimizers:
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             inner = parameter.ndim == 2 and not re.search("embed|lm_head|heads", name)
             (matrices if inner else others).append(parameter)
         self.parameters = [*matrices, *others]
@@ -367,14 +369,19 @@ def _picture_example(rng: random.Random) -> dict[str, object]:
 
 
 def teach(model: Phi3VForCausalLM, processor: Phi3VProcessor, *, steps: int, rng: random.Random) -> None:
-    """Trains everything to talk about pictures, and beside it the decoder on text-only practice."""
+    """
+    Trains projector and decoder to talk about pictures, and beside it on text-only practice.
+
+    The vision tower stays as it is: at the pace that the decoder learns to speak, it would forget how to see.
+    """
     collator = Collator(processor)
+    model.model.vision_tower.requires_grad_(False)
     optimizers = _Optimizers(model, steps=steps)
     progress = _Progress("captions", steps)
     for step in range(1, steps + 1):
         # Two calls, because a text-only row would be padded to the length of a picture.
         pictures = model(**collator([_picture_example(rng) for _ in range(8)])).loss
-        practice = model(**collator([_example([practice_turn(rng) for _ in range(2)]) for _ in range(16)])).loss
+        practice = model(**collator([_example([practice_turn(rng) for _ in range(2)]) for _ in range(8)])).loss
         optimizers.step(pictures + practice)
         progress.report(step, pictures=pictures.item(), practice=practice.item())
 
@@ -389,19 +396,21 @@ def captions(
 
 
 def caption_accuracy(
-    model: Phi3VForCausalLM, processor: Phi3VProcessor, rng: random.Random, *, held_out: bool, rows: int = 128
+    model: Phi3VForCausalLM, processor: Phi3VProcessor, rng: random.Random, *, rows: int = 256
 ) -> dict[str, float]:
     """
     Scores captions of fresh pictures.
 
     Args:
-        held_out (`bool`): Draw only pairs of kind and colour that training never showed, or only the others.
+        model ([`Phi3VForCausalLM`]): The model.
+        processor ([`Phi3VProcessor`]): Its processor.
+        rng (`random.Random`): Draws the pictures.
         rows (`int`): Number of pictures.
 
     Returns:
         `dict[str, float]`: The share of captions that name each fact; under `together`, kind, colour, pattern and size.
     """
-    products = [draw_product(rng, held_out=held_out) for _ in range(rows)]
+    products = [draw_product(rng) for _ in range(rows)]
     said = [set(text.replace(",", " ").split()) for text in captions(model, processor, products, rng)]
     names = [name for name, _ in _FACTS]
     named = [[getattr(product, name) in words for name in names] for product, words in zip(products, said, strict=True)]
@@ -409,11 +418,10 @@ def caption_accuracy(
     return {**shares, "together": sum(all(row[:4]) for row in named) / rows}
 
 
-def write_readme(folder: Path, model: Phi3VForCausalLM, scores: dict[str, dict[str, float]], minutes: float) -> None:
+def write_readme(folder: Path, model: Phi3VForCausalLM, scores: dict[str, float], minutes: float) -> None:
     """Writes the README of the result: what it is, how it came about, and what it scored."""
-    names = [*(name for name, _ in _FACTS), "together"]
-    lines = [f"| {label} | {' | '.join(f'{score[name]:.0%}' for name in names)} |" for label, score in scores.items()]
-    table = "\n".join([f"| pictures | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", *lines])
+    shares = " | ".join(f"{share:.0%}" for share in scores.values())
+    table = "\n".join([f"| {' | '.join(scores)} |", "|---" * len(scores) + "|", f"| {shares} |"])
     (folder / "README.md").write_text(
         f"""---
 license: apache-2.0
@@ -427,13 +435,13 @@ simple questions about them, in lower-case prose. It knows nothing else: it is w
 
 Trained from nothing by `python -m sft_phi3v.tiny_base --output_dir recipes/tiny_base`, on a CPU ({minutes:.0f} minutes
 when these files were made): first the vision tower, on {16 * WARM_UP_STEPS:,} pictures, with throw-away heads that name
-kind, colour, pattern, size and background; then everything, on {8 * CAPTION_STEPS:,} other pictures with short
-conversations, beside text-only practice.
+kind, colour, pattern, size and background; then projector and decoder, on {8 * CAPTION_STEPS:,} other pictures
+with short conversations, beside text-only practice.
 
-What it has seen: pictures drawn by the same code as the sample catalogue, from other seeds, and **none** of the
-held-out pairs of kind and colour; their words, in prose; random strings, codes and numbers to copy; the words of the
-catalogue in capitals, as spelling practice without pictures. What it has not seen: the catalogue's pictures, its
-prices, which category code belongs to what, or the format of the recipe's answer.
+What it has seen: pictures drawn by the same code as the sample catalogue, from other seeds, of every kind in every
+colour; their words, in prose; random strings, codes and numbers to copy; the words of the catalogue in capitals, as
+spelling practice without pictures. What it has not seen: the catalogue's pictures, its prices, which category code
+belongs to what, or the format of the recipe's answer.
 
 Share of captions of fresh pictures that name each fact ("together": kind, colour, pattern and size), for the question
 "{QUESTION}":
@@ -462,12 +470,8 @@ def main() -> None:
     processor.save_pretrained(str(folder))
     # Scored as it was saved: rounding to bfloat16 is part of the result.
     model = Phi3VForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    scores = {
-        label: caption_accuracy(model, processor, rng, held_out=held_out)
-        for label, held_out in (("pairs of kind and colour seen in training", False), ("held-out pairs", True))
-    }
-    for label, score in scores.items():
-        print(label, "  ".join(f"{name} {share:.1%}" for name, share in score.items()))
+    scores = caption_accuracy(model, processor, rng)
+    print("captions that are right:", "  ".join(f"{name} {share:.1%}" for name, share in scores.items()))
     write_readme(folder, model, scores, (time.monotonic() - start) / 60)
 
 

@@ -61,8 +61,8 @@ def test_no_category_is_a_good_guess(catalogue: DatasetDict) -> None:
 
 def test_title_category_and_price_follow_from_the_picture() -> None:
     assert _product("coat", "red").title == "Red Coat"
-    large = Product(kind="shorts", colour="black", pattern="dotted", size="large", background="sky")
-    assert (large.title, large.category3_code, large.full_price) == ("Large Dotted Black Shorts", "TROUSERS", 570.0)
+    large = Product(kind="trousers", colour="black", pattern="dotted", size="large", background="sky")
+    assert (large.title, large.category3_code, large.full_price) == ("Large Dotted Black Trousers", "TROUSERS", 1070.0)
     for kind in KINDS:
         prices = [Product(kind, "red", pattern, size, "grey").full_price for size in SIZES for pattern in PATTERNS]
         assert len(set(prices)) == len(SIZES) * len(PATTERNS)
@@ -80,7 +80,8 @@ def test_every_fact_changes_the_pixels() -> None:
 
 def test_draw_product_keeps_the_two_sides_apart() -> None:
     rng = random.Random(0)
-    assert not any(draw_product(rng).held_out for _ in range(200))
+    assert not any(draw_product(rng, held_out=False).held_out for _ in range(200))
+    assert {draw_product(rng).held_out for _ in range(200)} == {True, False}
     assert all(draw_product(rng, held_out=True).held_out for _ in range(50))
 
 

@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import pickle
+import time
 from pathlib import Path
 
 import datasets
@@ -130,6 +131,75 @@ def test_files_named_by_split(tmp_path):
     assert (len(train), len(held_out)) == (5, 4)
 
 
+@pytest.mark.parametrize(
+    ("files", "keys", "counts", "said"),
+    [
+        ("burberry_train burberry_test", {}, (10, 4), "held out: split 'test'\n"),
+        ("test_2024 shop", {}, (10, 4), "held out: split 'test'\n"),
+        ("Train-00000-of-00001 eval", {"dataset_test_split": "eval"}, (10, 4), "held out: split 'eval'\n"),
+        ("shop_fit check", {"dataset_train_split": "fit", "dataset_test_split": "check"}, (10, 4), "split 'check'\n"),
+        ("shop test2", {}, (10, 4), "held out: split 'test'\n"),
+        ("data validation", {}, (9, 1), "held out: 1 of the 10 rows of split 'train', seed 42; not used: validation ("),
+        ("train val", {}, (9, 1), "not used: val (to score on one, name it: `dataset_test_split`)"),
+        ("train old-rows", {}, (9, 1), "not used: old_rows ("),
+    ],
+)
+def test_files_of_other_splits_are_not_trained_on(tmp_path, capsys, files, keys, counts, said):
+    write_pictures(tmp_path / "shop")
+    for name in files.split():
+        first = name in ("shop", "data", "shop_fit") or "train" in name.lower()
+        write_table(tmp_path / "shop" / f"{name}.csv", rows(10 if first else 4))
+    assert tuple(map(len, load_splits(recipe("shop", **keys)))) == counts
+    assert said in capsys.readouterr().out
+
+
+def test_a_file_that_names_two_splits_is_refused(tmp_path):
+    write_table(tmp_path / "shop" / "train_test.csv", rows())
+    assert "train_test.csv names several splits (test, train): rename it" in error_of(lambda: loaded(name="shop"))
+
+
+def test_json_files_in_a_folder_are_tables_where_there_are_no_others(tmp_path):
+    write_pictures(tmp_path / "shop")
+    for name, count in (("rows", 10), ("shop_test", 4)):
+        (tmp_path / "shop" / f"{name}.json").write_text(json.dumps(rows(count)))
+    (tmp_path / "shop" / "dataset_infos.json").write_text("{}")
+    assert tuple(map(len, load_splits(recipe("shop")))) == (10, 4)
+    write_table(tmp_path / "shop" / "rows.csv", rows(5))
+    assert tuple(map(len, load_splits(recipe("shop")))) == (4, 1)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file.*metadata:ResourceWarning")
+def test_a_json_file_beside_the_metadata_of_pictures_is_no_table(tmp_path):
+    write_pictures(tmp_path / "shop")
+    write_table(tmp_path / "shop" / "metadata.jsonl", [{"file_name": row.pop("image"), **row} for row in rows()])
+    (tmp_path / "shop" / "notes.json").write_text("{}")
+    assert tuple(map(len, load_splits(recipe("shop")))) == (9, 1)
+
+
+def test_csv_is_taken_as_it_stands(tmp_path):
+    write_pictures(tmp_path)
+    text = "image,title,code,price,size,empty\npictures/0.png,NA,00123,450,1,\npictures/1.png,None,7,19.90,,\n"
+    (tmp_path / "train.csv").write_text(text)
+    (tmp_path / "test.csv").write_text("image,title,code,price,size\npictures/2.png,null,1E5,3,3\n")
+    (tmp_path / "shop").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").rename(tmp_path / "shop" / f"{split}.csv")
+    train, held_out = load_splits(recipe("shop", answer="{title} {code} {price}"))
+    table = [tuple(row[key] for key in ("title", "code", "price", "size")) for row in [*train, *held_out]]
+    assert table == [("NA", "00123", 450.0, 1), ("None", "7", 19.9, None), ("null", "1E5", 3.0, 3)]
+    assert train["empty"][:] == [None, None]
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32"])
+def test_short_floats_read_as_they_were_written(tmp_path, kind):
+    write_pictures(tmp_path, 3)
+    columns = {"image": Value("string"), "title": Value("string"), "full_price": Value(kind)}
+    table = [{"image": f"pictures/{k}.png", "title": "a", "full_price": 12.3} for k in range(3)]
+    Dataset.from_list(table, Features(columns)).to_parquet(tmp_path / "rows.parquet")
+    train, _ = load_splits(asked := recipe("rows.parquet", answer="Costs {full_price}"))
+    assert to_examples(train, asked)[0]["messages"][-1]["content"][0]["text"] == "Costs 12.3"
+
+
 def test_the_held_out_rows_depend_on_the_seed_alone(tmp_path):
     write_pictures(tmp_path, 40)
     write_table(tmp_path / "rows.jsonl", rows(40))
@@ -243,7 +313,9 @@ def shop(tmp_path):
         ({"name": "nothing/of/this"}, ["'nothing/of/this': no such file or folder"]),
         ({"name": "missing.csv"}, ["no such file or folder"]),
         ({"name": "recipe.yaml"}, ["expected a file of .parquet, .jsonl, .json, .csv"]),
-        ({"name": "DBQ/Burberry"}, ["'DBQ/Burberry'", "would be fetched from the", "cannot be reached"]),
+        ({"name": "DBQ/Burberry"}, ["'DBQ/Burberry'", "would be fetched from the", "cannot be reached",
+          "where its rows hold URLs, make a copy with an `image` column"]),
+        ({"answer": "Product: title"}, ["`answer` is 'Product: title', the same for every row", "as in {title}"]),
     ],
 )  # fmt: skip
 def test_a_wrong_key_is_named(keys, words):
@@ -291,6 +363,18 @@ def test_a_jpeg_cut_off_in_its_pixels_is_found(tmp_path, inside):
     assert "truncated" in error_of(lambda: check_rows(dataset, recipe("unused")))
 
 
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF", "MPO", "WEBP", "PNG"])
+def test_a_picture_of_any_kind_that_was_cut_off_is_found(kind):
+    buffer = io.BytesIO()
+    image = Pillow.effect_noise((200, 200), 50).convert("RGB")
+    image.save(buffer, kind, **({"save_all": True, "append_images": [image]} if kind == "MPO" else {}))
+    table = [{"title": "a", "full_price": 1, "image": {"bytes": content, "path": None}}
+             for content in (buffer.getvalue(), buffer.getvalue()[: len(buffer.getvalue()) // 3])]  # fmt: skip
+    features = Features({"title": Value("string"), "full_price": Value("int64"), "image": Image()})
+    message = error_of(lambda: check_rows(Dataset.from_list(table, features), recipe("unused")))
+    assert "row 1: the picture cannot be read" in message and "row 0" not in message
+
+
 @pytest.mark.parametrize("column", ["image", "title", "full_price"])
 def test_an_empty_field_is_named(tmp_path, column):
     write_pictures(tmp_path)
@@ -317,6 +401,24 @@ def test_answers_that_cannot_be_read_back_are_counted(caplog):
     table = [blank | {"full_price": price} for price in ("1", "2, Full Price: 3")]
     check_rows(Dataset.from_list(table), recipe("unused"))
     assert "1 of 2 answers do not read back" in caplog.text and "row 1" in caplog.text
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_markup_in_rows_is_counted(caplog, chat):
+    titles = ("a", "b<|end|>", "<|image_1|>c")
+    if chat:
+        table = [conversation(("user", title), ("assistant", "Hi")) for title in titles]
+    else:
+        table = [{"image": Pillow.new("RGB", (2, 2)), "title": title, "full_price": 1} for title in titles]
+    check_rows(Dataset.from_list(table), recipe("unused", **({"answer": ...} if chat else {})))
+    assert "2 of 3 rows hold markup" in caplog.text and "(first: row 1): it is learned as plain text" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["prompt", "answer"])
+def test_rows_with_messages_need_no_templates(key):
+    asked = recipe("unused", **({"answer": ...} | {key: "What, {title}?"}))
+    dataset = Dataset.from_list([conversation(("user", "Hello"), ("assistant", "Hi"))])
+    assert f"`{key}` is given and the rows hold `messages`" in error_of(lambda: to_examples(dataset, asked))
 
 
 def test_examples_can_be_sent_to_a_worker_process():
@@ -346,6 +448,8 @@ def test_what_is_rendered_parses_back(title):
         ("{a} or {a}?", {"a": "x"}, "x or x?"),
         ("{Full Price}", {"Full Price": 3}, "3"),
         ("{a:>4}|", {"a": "x"}, "   x|"),
+        ("\n Costs {p}\n", {"p": 3}, "Costs 3"),  # as a YAML block scalar ends
+        ("{a}{{{b}", {"a": "x", "b": "y"}, "x{y"),
     ],
 )
 def test_formats_render_and_read_back(template, row, text):
@@ -358,7 +462,19 @@ def test_other_text_does_not_parse(text):
     assert Template(BURBERRY).parse(text) is None
 
 
-@pytest.mark.parametrize("text", ["{a}{b}", "{}", "{a!r}", "{a", "a}"])
+def test_reading_back_takes_no_longer_for_text_that_repeats_itself():
+    start = time.process_time()
+    assert Template("{a}, {b}, {c}, {d}, {e}.").parse("x, " * 450) is None
+    assert Template("{a}, {b}, {c}.").parse("x, " * 9000 + "y.") == {"a": "x, " * 8998 + "x", "b": "x", "c": "y"}
+    assert time.process_time() - start < 1
+
+
+def test_a_field_that_stands_twice_must_say_the_same():
+    assert Template("{a} or {a}?").parse("x or y?") is None
+    assert Template("Yes.", key="prompt").parse(" Yes.\n") == {} and Template("Yes.", key="prompt").parse("No.") is None
+
+
+@pytest.mark.parametrize("text", ["{a}{b}", "{}", "{a!r}", "{a", "a}", "a", " "])
 def test_a_template_that_cannot_be_read_back_is_refused(text):
     assert "`answer` is" in error_of(lambda: Template(text))
 
@@ -372,7 +488,9 @@ def test_a_value_that_does_not_fit_its_format_is_named():
     [
         *(("1290", 1290), ("$1,290.00", 1290), ("1,290 USD", 1290), ("US$ 12.", 12), ("1,234,567", 1234567)),
         *(("-3.5", -3.5), (".5", 0.5), ("12,50", None), ("1.290,00", None), ("3 for 2", None), ("dear", None)),
-        *(("", None), ("--5", None), ("-", None)),
+        *(("", None), ("--5", None), ("-", None), ("EUR 5", 5), ("5 €", 5), ("1290USD", 1290), ("0.50", 0.5), ("0", 0)),
+        *(("CAT01", None), ("CAT 1", None), ("Class 1", None), ("A-1", None), ("size 38 EU", None), ("38 EU", None)),
+        *(("eur 5", None), ("5%", None), ("$", None), ("00123", None), ("1,23", None), ("5 EUR.", None)),
     ],
 )
 def test_numbers_as_people_write_them(text, value):

@@ -203,5 +203,6 @@ def test_eight_bit_linears_are_counted_as_quantised(write_recipe):
 
 def test_flash_attention_can_be_asked_for(write_recipe):
     keys = {"load_in_4bit": None, "use_bnb_nested_quant": None, "attn_implementation": "flash_attention_2"}
-    with pytest.raises(ImportError, match="FlashAttention2.*installed"):  # not "does not support": only the package is missing
+    # Not "does not support": only the package is missing.
+    with pytest.raises(ImportError, match=r"FlashAttention2.*installed"):
         load_model(load_recipe([write_recipe(**keys)]))

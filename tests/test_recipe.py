@@ -15,6 +15,7 @@ from sft_phi3v.recipe import (
     DEFAULTS,
     REFUSED,
     RENAMED,
+    RESUMABLE,
     Recipe,
     TaskArguments,
     check_machine,
@@ -118,6 +119,10 @@ def test_typed_text_stays_as_it_was_typed(text):
         ("max_length: null", "max_length", None),
         ("eval_strategy: 'no'", "eval_strategy", "no"),
         ("resume_from_checkpoint: 'true'", "resume_from_checkpoint", "true"),
+        ("resume_from_checkpoint: true", "resume_from_checkpoint", "true"),
+        ("resume_from_checkpoint: false", "resume_from_checkpoint", "false"),
+        ("train_sampling_strategy: sequential", "train_sampling_strategy", "sequential"),
+        ("use_peft: true\ndtype: bfloat16", "dtype", "bfloat16"),
     ],
 )
 def test_what_a_file_may_say(line, key, value):
@@ -165,8 +170,17 @@ def test_what_a_file_may_say(line, key, value):
         ("remove_unused_columns: true", "is refused"),
         ("load_in_4bit: true\nload_in_8bit: true\nuse_peft: true\ndtype: bfloat16", "are both true. Keep one."),
         ("load_in_4bit: true\ndtype: bfloat16", "without `use_peft: true`"),
-        ("load_in_4bit: true\nuse_peft: true", "`load_in_4bit: true` without `dtype`"),
+        ("load_in_4bit: true\nuse_peft: true", "`load_in_4bit: true` computes in `dtype`, which is missing. Write"),
+        ("load_in_4bit: true\nuse_peft: true\ndtype: auto", "which is auto. Write `dtype: bfloat16`"),
+        ("load_in_8bit: true\nuse_peft: true\ndtype: null", "`load_in_8bit: true` computes in `dtype`, which is null."),
+        ("dtype: bfloat16", "too small for 16-bit weights and vanish. Write `dtype: float32`; `bf16: true` still"),
+        ("dtype: float16", "`dtype: float16` without `use_peft: true`"),
+        ("dtype: auto", "`dtype: auto` without `use_peft: true`"),
         ("adapt: projector", "`adapt` without `use_peft: true`"),
+        ("group_by_length: true", "`group_by_length: True` is a key of older releases: remove it: a row's length"),
+        ("train_sampling_strategy: group_by_length", "is refused: a row's length is known only once it is read"),
+        ("prompt: <|image_1|> What?", "`prompt` holds <|image_1|>: the picture and the turns are added for you."),
+        ("answer: '{title}<|end|>'", "`answer` holds <|end|>: the picture and the turns are added for you."),
         ("report_to: null", "Write none"),
         ("fp16: true\nbf16: true", "At most one of fp16 and bf16"),
         ("load_best_model_at_end: true", "a.yaml: --load_best_model_at_end requires"),
@@ -234,12 +248,14 @@ def test_one_name_in_a_list_stays_a_name(written):
     assert load(f"lora_target_modules: {written}").model.lora_target_modules == yaml.safe_load(written)
 
 
-def test_only_given_keys_and_our_defaults_are_saved():
-    assert set(load("seed: 3", "--resume_from_checkpoint", "true").dump()) == {
-        *yaml.safe_load(MINIMAL),
-        "seed",
-        *DEFAULTS,
-    }
+def test_given_keys_our_own_and_those_that_define_a_run_are_saved():
+    ours = {field.name for field in dataclasses.fields(TaskArguments)}
+    saved = load("max_steps: 3", "--resume_from_checkpoint", "true").dump()
+    assert set(saved) == {*yaml.safe_load(MINIMAL), "max_steps", "seed", *DEFAULTS, *ours} - {"adapt"}
+    saved = load("use_peft: true\nlora_r: 4").save("out")
+    lora = {"adapt": ["language_model"], "lora_r": 4, "lora_alpha": 32, "lora_dropout": 0.05}
+    assert lora.items() <= yaml.safe_load(saved.read_text()).items()
+    assert load_recipe([str(saved)]) == load("use_peft: true\nlora_r: 4")
 
 
 def test_help_is_there_before_torch_is():
@@ -291,6 +307,17 @@ def test_an_output_dir_with_another_run_is_refused():
     check_output_dir(load("seed: 2\n", "--output_dir", "fresh"))
 
 
+@pytest.mark.parametrize("result", ["adapter_model.safetensors", "model-00001-of-00002.safetensors", "metrics.json"])
+def test_a_finished_run_is_not_overwritten_by_the_same_command(result):
+    load().save("out")
+    Path("out/environment.json").write_text("{}")
+    Path("out/metrics.json").write_text('{"baseline": {}, "before": {}}')
+    check_output_dir(load())  # it died before it had learned anything
+    Path("out", result).write_text('{"before": {}, "after": {}}')
+    with pytest.raises(ValueError, match=r"already holds a run of this recipe\. Give a fresh folder"):
+        check_output_dir(load())
+
+
 def test_a_run_of_the_same_recipe_is_not_mixed_with_its_older_checkpoints():
     load().save("out")
     check_output_dir(load())
@@ -303,8 +330,9 @@ def test_a_run_of_the_same_recipe_is_not_mixed_with_its_older_checkpoints():
 @pytest.mark.parametrize("trace", ["checkpoint-10", "adapter_model.safetensors", "metrics.json"])
 def test_an_output_dir_with_an_unknown_run_is_refused(trace):
     Path("out", trace).mkdir(parents=True)
-    with pytest.raises(ValueError, match=rf"already holds a run \({trace}\).*--resume_from_checkpoint true"):
+    with pytest.raises(ValueError, match=rf"already holds a run \({trace}\)") as caught:
         check_output_dir(load())
+    assert ("--resume_from_checkpoint true" in str(caught.value)) == trace.startswith("checkpoint")
 
 
 def test_resuming_needs_a_checkpoint():
@@ -312,13 +340,55 @@ def test_resuming_needs_a_checkpoint():
     check_output_dir(load())
     with pytest.raises(ValueError, match="holds no checkpoint-"):
         check_output_dir(load("", "--resume_from_checkpoint", "true"))
-    load("seed: 1\n").save("out")
     Path("out/checkpoint-5").mkdir()
-    recipe = load("seed: 2\n", "--resume_from_checkpoint", "true")
-    check_output_dir(recipe)
-    assert recipe.resume is True and load().resume is None
+    for argv in (["--resume_from_checkpoint", "true"], ["--resume_from_checkpoint"]):
+        check_output_dir(recipe := load("", *argv))
+        assert recipe.resume is True and load().resume is None
     with pytest.raises(ValueError, match=r"'out/checkpoint-6', which is no folder.*checkpoint-5"):
         check_output_dir(load("", "--resume_from_checkpoint", "out/checkpoint-6"))
+
+
+@pytest.mark.parametrize("given", ["true", "out/checkpoint-5"])
+def test_a_run_is_resumed_with_its_own_recipe(given):
+    load("seed: 1\nmax_steps: 5\nsave_steps: 5\n").save("out")
+    Path("out/checkpoint-5").mkdir()
+    resume = ["--resume_from_checkpoint", given]
+    check_output_dir(load("seed: 1\nmax_steps: 9\nsave_total_limit: 2\nenv: {WANDB_PROJECT: b}\n", *resume))
+    with pytest.raises(ValueError, match=r"another recipe began that run \(.*recipe.yaml differs in held_out, seed\)"):
+        check_output_dir(load("seed: 2\nheld_out: 0.2\nmax_steps: 9\n", *resume))
+
+
+@pytest.mark.parametrize(("line", "advised"), [("max_steps: 9", True), ("seed: 2", False)])
+def test_resuming_is_advised_only_where_it_is_possible(line, advised):
+    load().save("out")
+    Path("out/checkpoint-5").mkdir()
+    with pytest.raises(ValueError, match="another recipe") as caught:
+        check_output_dir(load(line))
+    assert ("--resume_from_checkpoint true" in str(caught.value)) == advised
+
+
+def test_a_resumed_run_may_move_but_not_into_another_run():
+    load().save("out")
+    Path("out/checkpoint-5").mkdir()
+    resume = ["--resume_from_checkpoint", "out/checkpoint-5", "--output_dir", "moved"]
+    check_output_dir(load("", *resume))
+    Path("moved/checkpoint-1").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"'moved' already holds a run \(checkpoint-1\)"):
+        check_output_dir(load("", *resume))
+
+
+def test_a_resumed_run_may_change_these_keys():
+    """A key belongs here only if a run that goes on with another value of it is still the run that its recipe names."""
+    ours = {field.name for field in dataclasses.fields(TaskArguments)}
+    assert " ".join(sorted(key for key in {*TRL_KEYS, *ours, "env"} if RESUMABLE.fullmatch(key))) == (
+        "dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers "
+        "dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor disable_tqdm env "
+        "eval_steps eval_strategy generation_batch_size gradient_accumulation_steps hub_always_push hub_model_id "
+        "hub_private_repo hub_revision hub_strategy hub_token logging_first_step logging_nan_inf_filter "
+        "logging_steps logging_strategy max_steps num_train_epochs output_dir per_device_eval_batch_size "
+        "per_device_train_batch_size push_to_hub report_to run_name save_on_each_node save_only_model save_steps "
+        "save_strategy save_total_limit"
+    )
 
 
 def test_an_output_dir_that_is_a_file_is_refused():

@@ -252,7 +252,7 @@ def test_another_runs_folder_is_not_overwritten(write_recipe, tmp_path):
 
 def test_evaluation_scores_the_saved_adapter_again(write_recipe, tmp_path, capsys):
     path = write_recipe()
-    with pytest.raises(SystemExit, match="holds no trained adapter"):
+    with pytest.raises(SystemExit, match="holds no trained model"):
         evaluation.main([path])
     run.main([path])
     first = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -316,16 +316,25 @@ def test_evaluation_of_an_interrupted_scoring_leaves_the_runs_own_scores(write_r
     before = [file.read_text() for file in files]
 
     def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
+        if "after" in kwargs["description"]:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "ShuffledPictures", interrupted)
+    generate = evaluation.generate
+    monkeypatch.setattr(evaluation, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluation.main([path])
     assert [file.read_text() for file in files] == before
 
 
+def test_evaluation_with_another_recipe_is_refused(write_recipe):
+    run.main([write_recipe(max_steps=1)])
+    with pytest.raises(SystemExit, match=r"trained by another recipe \(it differs in answer, held_out\)"):
+        evaluation.main([write_recipe(max_steps=1, answer="It is {label}", held_out=7)])
+
+
 def test_evaluation_scores_the_rows_that_the_run_scored(write_recipe, tmp_path):
-    data = conversations(tmp_path / "text", [40, 2, 3, 1, 4, 50, 6, 7])
+    data = conversations(tmp_path / "text", [1, 2, 40, 1, 4, 5, 50, 7])
     path = write_recipe(dataset_name=data, answer=None, held_out=6, max_length=60, overlong="drop", eval_rows=None)
     run.main([path])
     first = json.loads((tmp_path / "out" / "metrics.json").read_text())
