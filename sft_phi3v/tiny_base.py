@@ -35,7 +35,7 @@ Turn = tuple[str, str]  # question, answer
 
 VOCAB_SIZE = 896
 WARM_UP_STEPS = 1600  # of 16 pictures
-CAPTION_STEPS = 1000  # of 8 pictures, and 8 pieces of practice
+CAPTION_STEPS = 1000  # of 8 pictures, and 16 rows of practice
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<|image|>")
 _STRIP_RIGHT = ("<|assistant|>", "<|image|>")  # the released tokenizer lets these swallow the whitespace behind them
 
@@ -132,7 +132,20 @@ def picture_turns(product: Product, rng: random.Random) -> list[Turn]:
         ("Which colour is the background?", product.background),
         (f"Is it {asked}?", verdict),
     ]
-    return [(rng.choice(_DESCRIBE), caption), *rng.sample(turns, 3)]
+    turns = [_in_case(turn, rng) for turn in [*rng.sample(turns, 3), ("Name the product.", thing)]]
+    return [(rng.choice(_DESCRIBE), caption), *rng.sample(turns, len(turns))]
+
+
+def _in_case(turn: Turn, rng: random.Random) -> Turn:
+    """Asks for the same answer in title case or in capitals, two times out of three: all words have three forms."""
+    question, answer = turn
+    return rng.choice(
+        (
+            turn,
+            (f"{question} Write in title case.", answer.title()),
+            (f"{question} Write in capitals.", answer.upper()),
+        )
+    )
 
 
 def build_tokenizer() -> TokenizersBackend:
@@ -381,7 +394,7 @@ def teach(model: Phi3VForCausalLM, processor: Phi3VProcessor, *, steps: int, rng
     for step in range(1, steps + 1):
         # Two calls, because a text-only row would be padded to the length of a picture.
         pictures = model(**collator([_picture_example(rng) for _ in range(8)])).loss
-        practice = model(**collator([_example([practice_turn(rng) for _ in range(2)]) for _ in range(8)])).loss
+        practice = model(**collator([_example([practice_turn(rng) for _ in range(3)]) for _ in range(16)])).loss
         optimizers.step(pictures + practice)
         progress.report(step, pictures=pictures.item(), practice=practice.item())
 
@@ -439,9 +452,8 @@ kind, colour, pattern, size and background; then projector and decoder, on {8 * 
 with short conversations, beside text-only practice.
 
 What it has seen: pictures drawn by the same code as the sample catalogue, from other seeds, of every kind in every
-colour; their words, in prose; random strings, codes and numbers to copy; the words of the catalogue in capitals, as
-spelling practice without pictures. What it has not seen: the catalogue's pictures, its prices, which category code
-belongs to what, or the format of the recipe's answer.
+colour; their words, in prose, in title case and in capitals; random strings, codes and numbers to copy. What it has
+not seen: the catalogue's pictures, its prices, which category code belongs to what, or the form of the recipe's answer.
 
 Share of captions of fresh pictures that name each fact ("together": kind, colour, pattern and size), for the question
 "{QUESTION}":

@@ -61,9 +61,9 @@ def test_special_tokens_are_phi3_vs(processor: Phi3VProcessor, model: Phi3VForCa
 
 def test_text_is_tokenised_as_the_released_tokenizer_does(processor: Phi3VProcessor) -> None:
     tokenizer = processor.tokenizer
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer("<|user|>\nred<|end|>\n<|assistant|>\nA 1290.0").input_ids)
-    assert tokens == ["<s>", "<|user|>", "▁", "<0x0A>", "▁", "r", "ed", "<|end|>", "▁", "<0x0A>", "<|assistant|>",
-                      "▁", "A", "▁", "1", "2", "9", "0", ".", "0"]  # fmt: skip
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("<|user|>\n1<|end|>\n<|assistant|>\n1290.0").input_ids)
+    assert tokens == ["<s>", "<|user|>", "▁", "<0x0A>", "1", "<|end|>", "▁", "<0x0A>", "<|assistant|>",
+                      "▁", "1", "2", "9", "0", ".", "0"]  # fmt: skip
     for text in (ANSWER, "".join(map(chr, range(32, 127))), "café ☂ 雨"):
         ids = tokenizer(text).input_ids
         assert tokenizer.unk_token_id not in ids
