@@ -1,7 +1,7 @@
 """A recipe is one flat YAML file that fixes one run: the model, the data, the training and where the result goes.
 
-Every key is a field of TRL's `ScriptArguments`, `ModelConfig` or `SFTConfig`, or one of our own few in
-[`TaskArguments`]. The command line overrides the file, so this trains the Burberry recipe with four crops per picture:
+Every key is a field of TRL's `ScriptArguments`, `ModelConfig` or `SFTConfig`, or one of our own in [`TaskArguments`]
+and [`PrepareArguments`]. The command line overrides the file, so this trains the Burberry recipe with four crops per picture:
 
 ```python
 >>> recipe = load_recipe(["recipes/burberry.yaml", "--num_crops", "4", "--learning_rate", "1e-4"])
@@ -87,6 +87,86 @@ class TaskArguments:
                 raise ValueError(f"`{key}` is {value}, expected 1 or more.")
 
 
+@dataclass
+class PrepareArguments:
+    """The keys of `python -m sft_phi3v.prepare`, which makes the data set `dataset_name` of what people have."""
+
+    source: str | None = field(
+        default=None,
+        metadata={
+            "help": "What `prepare` reads: a Hub id, a .csv, .jsonl, .parquet or .tar file, or a folder of these or of "
+            "pictures. It writes the folder `dataset_name`, which training reads."
+        },
+    )
+    source_image_column: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The source's columns with URLs, paths, bytes or pictures. null: `image_column`. Several make a "
+            "row with several pictures."
+        },
+    )
+    group_column: str | None = field(
+        default=None,
+        metadata={"help": "Rows with the same value, such as one product's, stay on one side of the split."},
+    )
+    stratify_column: str | None = field(
+        default=None,
+        metadata={"help": "Each value of this column gets its own share of held-out rows."},
+    )
+    placeholders: list[str] = field(
+        default_factory=lambda: ["n/a", "#n/a", "nan", "null", "-", "--", "?", "tbd", "todo", "xxx", "placeholder"],
+        metadata={"help": "Values of the fields in `prompt` and `answer` that stand for nothing, in any letter case."},
+    )
+    duplicates: Literal["drop", "keep"] = field(
+        default="drop",
+        metadata={
+            "help": "Rows with equal pictures and questions: 'drop' keeps the first of equal answers, and none where "
+            "the answers contradict each other; 'keep' keeps all, on one side of the split."
+        },
+    )
+    near_duplicates: int | None = field(
+        default=4,
+        metadata={
+            "help": "Pictures whose 64-bit perceptual hashes differ in at most so many bits stay on one side of the "
+            "split. null: only equal ones."
+        },
+    )
+    min_side: int = field(default=32, metadata={"help": "Shortest side of a picture, in pixels."})
+    max_pixels: int = field(default=89_478_485, metadata={"help": "Most pixels of a picture (Pillow's own limit)."})
+    max_bytes: int = field(default=50_000_000, metadata={"help": "Largest picture file, in bytes."})
+    downscale: bool = field(
+        default=False,
+        metadata={"help": "Store pictures no larger than `num_crops` can use, where that saves bytes."},
+    )
+    fetch_connections: int = field(default=128, metadata={"help": "Most pictures fetched at once."})
+    fetch_per_host: int = field(default=64, metadata={"help": "Most pictures fetched at once from one host."})
+    fetch_timeout: float = field(default=30.0, metadata={"help": "Seconds that one request may take."})
+    fetch_attempts: int = field(default=4, metadata={"help": "Most requests for one picture."})
+    workers: int | None = field(default=None, metadata={"help": "Processes that prepare. null: one per core."})
+    engine: Literal["local", "ray"] = field(
+        default="local",
+        metadata={"help": "Where they run: on this machine, or on the Ray cluster that it belongs to."},
+    )
+    push: str | None = field(
+        default=None,
+        metadata={"help": "Hub id under which `prepare` uploads the data set, privately: user/name."},
+    )
+    prepare: bool = field(default=False, metadata={"help": "`run.py` prepares first if `dataset_name` is not there."})
+
+    def __post_init__(self) -> None:
+        least = {"fetch_timeout": 0.1, "near_duplicates": 0}
+        for key, most in {"near_duplicates": 16, "fetch_attempts": 20}.items():
+            value = getattr(self, key)
+            if value is not None and value > most:
+                raise ValueError(f"`{key}` is {value}, expected at most {most}.")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and value < least.get(item.name, 1):
+                raise ValueError(f"`{item.name}` is {value}, expected {least.get(item.name, 1)} or more.")
+        if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
+            raise ValueError(f"`push` is {self.push!r}, expected a Hub id such as user/name.")
+
+
 # The only defaults that differ from TRL's. Everything else a run depends on is written in its recipe.
 DEFAULTS: dict[str, Any] = {
     "activation_checkpointing": True,  # TRL's default too, but under the name that transformers 5 warns about
@@ -158,7 +238,7 @@ _REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 RESUMABLE = re.compile(
     r"max_steps|num_train_epochs|(save|logging|dataloader|hub)_.*|push_to_hub|report_to|run_name|disable_tqdm|"
     r"eval_strategy|eval_steps|per_device_(train|eval)_batch_size|gradient_accumulation_steps|generation_batch_size|"
-    r"env|output_dir"
+    r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare"
 )
 
 MARKUP = re.compile(r"<\|\w+\|>")  # <|image_1|>, <|end|>: what Phi-3's chat template puts around turns and pictures
@@ -174,6 +254,7 @@ class Recipe:
         model ([`~trl.ModelConfig`]): Base model, quantisation, LoRA.
         training ([`~trl.SFTConfig`]): Training, evaluation, tracking, output.
         task ([`TaskArguments`]): Our own keys.
+        prepare ([`PrepareArguments`]): Our own keys about making the data set.
         settings (`dict[str, Any]`):
             The keys as the file and the command line gave them, checked and converted, [`DEFAULTS`], and in any case
             our own keys, the seed and LoRA's size. What is not here has TRL's default.
@@ -184,6 +265,7 @@ class Recipe:
     model: "ModelConfig"
     training: "SFTConfig" = field(repr=False)  # its repr shows hub_token
     task: TaskArguments
+    prepare: PrepareArguments
     settings: dict[str, Any] = field(repr=False)
     path: str = field(compare=False)
 
@@ -253,7 +335,7 @@ def load_recipe(argv: list[str]) -> Recipe:
     from transformers.utils import is_torch_bf16_gpu_available
     from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-    parts: Any = (ScriptArguments, ModelConfig, SFTConfig, TaskArguments)
+    parts: Any = (ScriptArguments, ModelConfig, SFTConfig, TaskArguments, PrepareArguments)
     kinds = {name: kind for part in parts for name, kind in get_type_hints(part).items()}
     kinds["lora_target_modules"] = str | list[str] | None  # a pattern too, as TRL documents and its annotation forgets
     known = {item.name: (kinds[item.name], item) for part in parts for item in fields(part) if item.init}
@@ -281,7 +363,7 @@ def load_recipe(argv: list[str]) -> Recipe:
     if _wants_bf16(values) and not is_torch_bf16_gpu_available():
         values["use_cpu"] = True  # SFTConfig would raise here, on every machine that only looks at the recipe
     try:
-        script, model, training, task = TrlParser(parts).parse_dict(values)
+        script, model, training, task, prepare = TrlParser(parts).parse_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # ModelConfig makes text of a list of one name, which PEFT then takes for a pattern that must match the whole path.
@@ -291,7 +373,7 @@ def load_recipe(argv: list[str]) -> Recipe:
         settings |= {key: getattr(model, key) for key in ("lora_r", "lora_alpha", "lora_dropout")}
     else:
         del settings["adapt"]  # without adapters it says nothing, and is refused
-    return Recipe(script, model, training, task, settings, path)
+    return Recipe(script, model, training, task, prepare, settings, path)
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -422,8 +504,10 @@ def help_text() -> str:
         "RECIPE is a YAML file of flat keys (recipes/*.yaml); --key value overrides one of them. Our own keys:",
         "",
     ]
-    for item, default in zip(fields(TaskArguments), vars(TaskArguments()).values(), strict=True):
-        lines.append(f"  --{item.name} ({json.dumps(default)})\n      {item.metadata['help']}")
+    for part, opening in ((TaskArguments, []), (PrepareArguments, ["", "Of `prepare`, which makes the data set:", ""])):
+        lines += opening
+        for item, default in zip(fields(part), vars(part()).values(), strict=True):
+            lines.append(f"  --{item.name} ({json.dumps(default)})\n      {item.metadata['help']}")
     lines += [
         "",
         "All other keys are TRL's: ScriptArguments (dataset_*), ModelConfig (model, quantisation, LoRA) and SFTConfig",

@@ -96,7 +96,7 @@ class Phi3VImageProcessor(PilBackend):
             `int`: Number of image features, each of which is one token.
         """
         num_crops = self.num_crops if num_crops is None else num_crops
-        (new_width, new_height), transposed = _scaled_size(width, height, num_crops)
+        (new_width, new_height), transposed = scaled_size(width, height, num_crops)
         rows, columns = math.ceil(new_height / CROP), new_width // CROP
         return num_image_tokens(columns, rows) if transposed else num_image_tokens(rows, columns)
 
@@ -127,7 +127,7 @@ def hd_transform(image: Image.Image, num_crops: int) -> Image.Image:
     Raises:
         ValueError: If the picture is so narrow that nothing would be left of its shorter side.
     """
-    size, transposed = _scaled_size(image.width, image.height, num_crops)
+    size, transposed = scaled_size(image.width, image.height, num_crops)
     if transposed:
         image = image.transpose(Image.Transpose.TRANSPOSE)
     image = image.resize(size, Image.Resampling.BILINEAR)
@@ -137,7 +137,7 @@ def hd_transform(image: Image.Image, num_crops: int) -> Image.Image:
     return image.transpose(Image.Transpose.TRANSPOSE) if transposed else image
 
 
-def _scaled_size(width: int, height: int, num_crops: int) -> tuple[tuple[int, int], bool]:
+def scaled_size(width: int, height: int, num_crops: int) -> tuple[tuple[int, int], bool]:
     """Size before padding, in landscape orientation, and whether the picture must be transposed to get there."""
     transposed = width < height
     ratio = height / width if transposed else width / height
