@@ -33,7 +33,6 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import PIL.Image
 import PIL.ImageOps
-from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, Image, LargeList, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
@@ -43,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 ROW = "__row__"  # column with a row's position in its source, so that an error can name it after any shuffling
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-_NO_TABLES = ("metadata", "dataset_info", "dataset_infos", "dataset_dict", "state")
+_NO_TABLES = ("manifest", "metadata", "dataset_info", "dataset_infos", "dataset_dict", "state")
 _SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 _URL = re.compile(r"https?://")
 _DOWNLOAD = (
@@ -82,7 +81,7 @@ def load_splits(recipe: Recipe) -> tuple[Dataset, Dataset]:
         ValueError: No such data set, split, column or picture file; pictures that are URLs; no rows.
     """
     script, task = recipe.script, recipe.task
-    splits, folder = _load(recipe)
+    splits, folder = read_source(str(script.dataset_name), recipe)
     train, test = script.dataset_train_split, script.dataset_test_split
     asked = [("dataset_train_split", train)]
     if "dataset_test_split" in recipe.settings:  # TRL's default name need not exist, a name the user wrote must
@@ -128,7 +127,7 @@ def to_examples(dataset: Dataset, recipe: Recipe) -> Dataset:
     """
     if ROW not in dataset.column_names:
         dataset = dataset.add_column(ROW, list(range(len(dataset))))
-    reader = _Reader.of(dataset, recipe)
+    reader = Reader.of(dataset, recipe)
     return reader.undecoded(dataset).with_transform(reader)
 
 
@@ -150,7 +149,7 @@ def check_rows(dataset: Dataset, recipe: Recipe) -> None:
         raise ValueError(f"`dataset_name` {recipe.script.dataset_name}: no rows to check.")
     if ROW not in dataset.column_names:
         dataset = dataset.add_column(ROW, list(range(len(dataset))))
-    reader = _Reader.of(dataset, recipe)
+    reader = Reader.of(dataset, recipe)
     problems: list[str] = []
     unread: list[int] = []
     marked: list[int] = []
@@ -306,15 +305,22 @@ def number(text: str) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """What turns the rows of one data set into examples. A class, not a closure: data loader workers may pickle it."""
+class Reader:
+    """
+    What turns the rows of one data set into examples. A class, not a closure: other processes get it pickled.
+
+    Args:
+        prompt ([`Template`]): The question.
+        answer ([`Template`], *optional*): The answer; `None` for rows that hold `messages`.
+        column (`str`, *optional*): Where the pictures are; `None` for rows that have none.
+    """
 
     prompt: Template
-    answer: Template | None  # None: the rows hold `messages`
-    column: str | None  # where the pictures are; None: the rows have none
+    answer: Template | None
+    column: str | None
 
     @classmethod
-    def of(cls, dataset: Dataset, recipe: Recipe) -> "_Reader":
+    def of(cls, dataset: Dataset, recipe: Recipe) -> "Reader":
         columns, task = [name for name in dataset.column_names if name != ROW], recipe.task
         prompt = Template(task.prompt, key="prompt")
         if "messages" in columns:
@@ -448,6 +454,8 @@ def _check_picture(picture: dict[str, Any]) -> None:
 
 def _say_held_out(source: str, unused: list[str]) -> None:
     rest = f"; not used: {', '.join(unused)} (to score on one, name it: `dataset_test_split`)" if unused else ""
+    from accelerate import PartialState  # brings torch, which processes that only prepare data can do without
+
     if PartialState().is_main_process:
         print(f"held out: {source}{rest}", flush=True)
 
@@ -465,9 +473,23 @@ def _urls(dataset: Dataset) -> str:
     return f" Column {names[0]!r} holds URLs. {_DOWNLOAD}"
 
 
-def _load(recipe: Recipe) -> tuple[DatasetDict, Path | None]:
-    """All splits of the recipe's data set, and the folder that picture paths in it count from (`None`: a Hub id)."""
-    name, train = str(recipe.script.dataset_name), recipe.script.dataset_train_split
+def read_source(name: str, recipe: Recipe, *, key: str = "dataset_name") -> tuple[DatasetDict, Path | None]:
+    """
+    Read every split of whatever holds rows.
+
+    Args:
+        name (`str`): A Hub id, a folder or a file, as for [`load_splits`].
+        recipe ([`~sft_phi3v.recipe.Recipe`]): Its `dataset_config` and the names of its splits are read.
+        key (`str`, *optional*, defaults to `"dataset_name"`): The recipe key that `name` comes from, for errors.
+
+    Returns:
+        `tuple[DatasetDict, Path | None]`: The splits, and the folder that picture paths in them count from (`None`: a
+        Hub id).
+
+    Raises:
+        ValueError: There is no such source, or it cannot be read.
+    """
+    train = recipe.script.dataset_train_split
     path = Path(name).expanduser()
     try:
         if path.is_file():
@@ -485,19 +507,19 @@ def _load(recipe: Recipe) -> tuple[DatasetDict, Path | None]:
         return load_dataset(name, recipe.script.dataset_config), None
     except DatasetNotFoundError:
         raise ValueError(
-            f"`dataset_name` is {name!r}: there is no such file or folder in {Path.cwd()}, and the Hub has no such "
+            f"`{key}` is {name!r}: there is no such file or folder in {Path.cwd()}, and the Hub has no such "
             "data set, or not for you (private and gated ones need `hf auth login`)."
         ) from None
     except ConnectionError as error:
         raise ValueError(
-            f"`dataset_name` is {name!r}: there is no such file or folder in {Path.cwd()}, so the data set of that "
+            f"`{key}` is {name!r}: there is no such file or folder in {Path.cwd()}, so the data set of that "
             "name would be fetched from the Hugging Face Hub, which cannot be reached from here. Where there is a "
-            f"network: hf download {name} --repo-type dataset --local-dir FOLDER, then point `dataset_name` at FOLDER. "
+            f"network: hf download {name} --repo-type dataset --local-dir FOLDER, then point `{key}` at FOLDER. "
             "It must hold the pictures themselves: where its rows hold URLs, make a copy with an `image` column."
         ) from error
     except (DatasetGenerationError, ValueError, FileNotFoundError) as error:
         reason = "it has no rows" if "corresponds to no data" in str(error) else error.__cause__ or error
-        raise ValueError(f"`dataset_name` is {name!r}: {reason}") from error
+        raise ValueError(f"`{key}` is {name!r}: {reason}") from error
 
 
 def _tables(folder: Path, recipe: Recipe) -> dict[str, list[str]]:

@@ -756,7 +756,9 @@ def _check(jobs: Sequence[Job], settings: PrepareArguments) -> list[list[str]]:
         def one_more(reason: str) -> None:
             if reason:
                 reasons[reason] += 1
-                bar.set_postfix_str(" ".join(f"{name} {count}" for name, count in reasons.most_common(4)), refresh=False)
+                bar.set_postfix_str(
+                    " ".join(f"{name} {count}" for name, count in reasons.most_common(4)), refresh=False
+                )
             bar.update()
 
         for index, files in _each(check_blocks, [(job, starts) for _, job, starts in tasks], settings, one_more):
@@ -769,9 +771,9 @@ def _write_shards(
     jobs: Sequence[Job], files: Sequence[Sequence[str]], decision: Decision, folder: Path, recipe: Recipe
 ) -> dict[str, SplitInfo]:
     """Writes the rows that are kept; returns rows and bytes of each split."""
-    stored = pa.concat_tables(
-        [pq.read_table(file, columns=["stored_sha256"]) for part in files for file in part]
-    )["stored_sha256"]
+    stored = pa.concat_tables([pq.read_table(file, columns=["stored_sha256"]) for part in files for file in part])[
+        "stored_sha256"
+    ]
     shards, splits = [], {}
     for name in (recipe.script.dataset_train_split, recipe.script.dataset_test_split):
         rows = np.flatnonzero(decision.split == name)
@@ -834,7 +836,9 @@ def _earlier(target: Path, recipe: Recipe) -> pd.Series:
     return (found["split"] == recipe.script.dataset_test_split).groupby(found["key"]).min()
 
 
-def _summary(jobs: Sequence[Job], manifest: Path, splits: Mapping[str, SplitInfo], decision: Decision) -> dict[str, Any]:
+def _summary(
+    jobs: Sequence[Job], manifest: Path, splits: Mapping[str, SplitInfo], decision: Decision
+) -> dict[str, Any]:
     reasons = Counter(reason for reason in decision.reason.tolist() if reason)
     notes, requests, size = Counter[str](), 0, 0
     for batch in pq.ParquetFile(manifest).iter_batches(columns=["status", "notes", "attempts", "stored_bytes"]):
@@ -860,12 +864,17 @@ def _told(summary: Mapping[str, Any], target: Path, work: Path, seconds: float) 
     lines = [
         f"rows in the source  {summary['rows']:>9,}",
         f"kept                {sum(kept.values()):>9,}   " + " · ".join(f"{name} {n:,}" for name, n in kept.items()),
-        f"dropped             {sum(dropped.values()):>9,}   " + " · ".join(f"{why} {n:,}" for why, n in dropped.items()),
+        f"dropped             {sum(dropped.values()):>9,}   "
+        + " · ".join(f"{why} {n:,}" for why, n in dropped.items()),
     ]
     if summary["notes"]:
-        lines.append(f"{'kept, and noted':<20}{'':>9}   " + " · ".join(f"{n} {c:,}" for n, c in summary["notes"].items()))
+        lines.append(
+            f"{'kept, and noted':<20}{'':>9}   " + " · ".join(f"{n} {c:,}" for n, c in summary["notes"].items())
+        )
     lines.append(f"pictures            {summary['picture_bytes'] / 1e6:>9,.1f} MB")
-    lines.append(f"time                {seconds:>9,.1f} s, {summary['rows'] / seconds:,.0f} rows/s; {summary['requests']:,} requests")
+    lines.append(
+        f"time                {seconds:>9,.1f} s, {summary['rows'] / seconds:,.0f} rows/s; {summary['requests']:,} requests"
+    )
     total = sum(kept.values())
     if total >= 20 and summary["largest_cluster"] > total / 5:
         lines.append(
@@ -875,3 +884,145 @@ def _told(summary: Mapping[str, Any], target: Path, work: Path, seconds: float) 
     lines.append(f"\n{target}: the data set, and manifest.parquet, which says of every row what became of it.")
     lines.append(f"{work}: what was fetched. Keep it to prepare again at little cost; else remove it.")
     return "\n" + "\n".join(lines)
+
+
+def _write_card(
+    job: Job, splits: Mapping[str, SplitInfo], summary: Mapping[str, Any], folder: Path, recipe: Recipe
+) -> None:
+    """Writes README.md, which `datasets` and the Hub read the columns and splits from, and people the rest."""
+    sizes = SplitDict()
+    for info in splits.values():
+        sizes.add(info)
+    size = sum(info.num_bytes for info in splits.values())
+    info = DatasetInfo(features=features_of(job), splits=sizes, download_size=size, dataset_size=size)
+    files = [{"split": name, "path": f"data/{name}-*"} for name in splits]
+    data = DatasetCardData(configs=[{"config_name": "default", "data_files": files}], tags=["image", "sft_phi3v"])
+    DatasetInfosDict({"default": info}).to_dataset_card_data(data)
+    source = Path(str(recipe.prepare.source))
+    name = source.name if source.exists() else str(source)
+    text = (
+        f"# {folder.parent.name.removesuffix('.work')}\n\n"
+        f"Made by `python -m sft_phi3v.prepare` of `{name}`: every picture was decoded, duplicates and rows that "
+        "contradict each other are left out, and no picture stands on both sides of the split. `manifest.parquet` "
+        "says of every row of the source what became of it.\n\n"
+        f"```json\n{json.dumps(summary, indent=2)}\n```\n"
+    )
+    (folder / "README.md").write_text(f"---\n{data}\n---\n\n{text}", encoding="utf-8")
+
+
+# --- many processes ---
+
+
+def _workers(settings: PrepareArguments) -> int:
+    if settings.workers is not None:
+        return settings.workers
+    if settings.engine == "ray":
+        return max(1, int(_ray().cluster_resources().get("CPU", 1)))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("`engine: ray` needs Ray: pip install -c constraints.txt -e .[cluster]") from None
+    if not ray.is_initialized():
+        try:
+            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
+        except ConnectionError as error:
+            raise ValueError(f"`engine: ray`: this machine belongs to no running Ray cluster ({error}).") from None
+    return ray
+
+
+def _each(
+    function: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    settings: PrepareArguments,
+    one_more: Callable[[str], None] = lambda reason: None,
+) -> Iterator[tuple[int, Any]]:
+    """Runs a function over tasks in many processes; gives each task's number and result as they are done."""
+    if settings.engine == "ray":
+        ray = _ray()
+        remote = ray.remote(num_cpus=1, max_retries=3)(function)
+        waiting = {remote.remote(*task): index for index, task in enumerate(tasks)}
+        while waiting:
+            done, _ = ray.wait(list(waiting))
+            for future in done:
+                yield waiting.pop(future), ray.get(future)
+        return
+    context = multiprocessing.get_context("spawn")
+    queue, stop = context.SimpleQueue(), context.Event()
+    listener = threading.Thread(target=lambda: [one_more(reason) for reason in iter(queue.get, None)])
+    listener.start()
+    try:
+        with ProcessPoolExecutor(_workers(settings), context, _start_worker, (queue, stop)) as pool:
+            futures = {pool.submit(function, *task): index for index, task in enumerate(tasks)}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    except BrokenProcessPool:
+        raise ValueError(
+            "A process that prepares was killed, most likely for want of memory. Nothing is lost: type the command "
+            "again, with fewer `workers` or a smaller `max_pixels`."
+        ) from None
+    finally:
+        queue.put(None)
+        listener.join()
+
+
+# --- the command ---
+
+
+def push(recipe: Recipe) -> str:
+    """
+    Uploads the data set to the Hub, privately; what is there already is not sent again.
+
+    Args:
+        recipe ([`~sft_phi3v.recipe.Recipe`]): Its `push` names the data set there, `dataset_name` the folder.
+
+    Returns:
+        `str`: The data set's address.
+    """
+    api, name = HfApi(), str(recipe.prepare.push)
+    url = api.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
+    api.upload_folder(
+        repo_id=name,
+        repo_type="dataset",
+        folder_path=str(recipe.script.dataset_name),
+        commit_message="Prepared by sft_phi3v",
+        delete_patterns=["data/*.parquet"],  # shards of an earlier version have other names
+    )
+    return str(url)
+
+
+def _check_push(recipe: Recipe) -> None:
+    """Says before the work, not after it, that nothing could be uploaded."""
+    try:
+        HfApi().whoami()
+    except LocalTokenNotFoundError:
+        raise ValueError(f"`push: {recipe.prepare.push}` needs a token with write access: hf auth login") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(f"`push: {recipe.prepare.push}`: the Hub cannot be reached, or refuses: {error}") from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m sft_phi3v.prepare RECIPE [--key value …]`"""
+    try:
+        recipe = load_recipe(sys.argv[1:] if argv is None else argv)
+        if recipe.prepare.push:
+            _check_push(recipe)
+        prepare(recipe)
+        if recipe.prepare.push:
+            print(f"uploaded: {push(recipe)}")
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped. Nothing is lost: type the command again to go on.") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -19,9 +19,9 @@ RECIPES = sorted(path.name for path in (REPOSITORY / "recipes").glob("*.yaml"))
 # Later layers may import earlier ones; modules of one layer do not know each other.
 LAYERS = [
     ["phi3_v"],
-    ["recipe", "catalogue"],
-    ["data", "collator", "model"],
-    ["preview"],
+    ["recipe", "catalogue", "fetch", "splitting"],
+    ["data", "collator", "model", "pictures"],
+    ["prepare", "preview"],
     ["evaluation"],
     ["run"],
     ["demo", "tiny_base"],
