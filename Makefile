@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch $(if $(ACCELERATE),--config_file accelerate_configs/$(ACCELERATE).yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types train preview evaluate tiny-base clean
+.PHONY: help setup demo test test-slow lint types prepare train preview evaluate tiny-base clean
 
 help:  ## this menu
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo: setup  ## fine-tune, score and save a tiny model on drawn pictures: CPU, n
 
 train: setup  ## fine-tune and score RECIPE
 	$(LAUNCH) sft_phi3v/run.py $(RECIPE) $(ARGS)
+
+prepare: setup  ## fetch and check the pictures of RECIPE's source, and write its data set
+	$(BIN)/python -m sft_phi3v.prepare $(RECIPE) $(ARGS)
 
 preview: setup  ## show what RECIPE would train on, and what is missing; no GPU needed
 	$(BIN)/python -m sft_phi3v.preview $(RECIPE) $(ARGS)

@@ -46,8 +46,8 @@ _NO_TABLES = ("manifest", "metadata", "dataset_info", "dataset_infos", "dataset_
 _SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 _URL = re.compile(r"https?://")
 _DOWNLOAD = (
-    "Nothing is downloaded while training: make a local data set with the pictures in it first (an Image column, or "
-    "paths of local files) and point `dataset_name` at it."
+    "Nothing is downloaded while training. Write this name as `source`, the column as `source_image_column` and a new "
+    "folder as `dataset_name`, then type: python -m sft_phi3v.prepare RECIPE"
 )
 _TEXT = (Value("string"), Value("large_string"))
 _PLAIN = re.compile(r"-?(?:0|[1-9]\d{0,17})(?:\.\d+)?(?:e[-+]\d+)?")  # 00123 and 1E5 are codes
@@ -81,6 +81,7 @@ def load_splits(recipe: Recipe) -> tuple[Dataset, Dataset]:
         ValueError: No such data set, split, column or picture file; pictures that are URLs; no rows.
     """
     script, task = recipe.script, recipe.task
+    check_prepared(recipe)
     splits, folder = read_source(str(script.dataset_name), recipe)
     train, test = script.dataset_train_split, script.dataset_test_split
     asked = [("dataset_train_split", train)]
@@ -107,6 +108,24 @@ def load_splits(recipe: Recipe) -> tuple[Dataset, Dataset]:
     parts = rows[train].train_test_split(test_size=count, seed=recipe.training.seed)
     _say_held_out(f"{count} of the {total} rows of split {train!r}, seed {recipe.training.seed}", unused)
     return parts["train"], parts["test"]
+
+
+def check_prepared(recipe: Recipe) -> None:
+    """
+    Refuse a recipe that names a `source` from which nothing was prepared yet.
+
+    Args:
+        recipe ([`~sft_phi3v.recipe.Recipe`]): The recipe.
+
+    Raises:
+        ValueError: Says what to type.
+    """
+    name = str(recipe.script.dataset_name)
+    if recipe.prepare.source is not None and not Path(name).expanduser().exists():
+        raise ValueError(
+            f"`dataset_name` {name!r} is to be made of `source` {recipe.prepare.source!r} first:\n"
+            f"  python -m sft_phi3v.prepare {recipe.path}\nor let the run do it: --prepare true"
+        )
 
 
 def to_examples(dataset: Dataset, recipe: Recipe) -> Dataset:

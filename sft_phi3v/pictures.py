@@ -5,7 +5,8 @@ What is odd is either refused or kept and noted; a file is stored as it came, to
 | what | policy |
 |---|---|
 | cut short, broken, no picture at all (HTML, SVG) | refused: `truncated`, `broken`, `not_a_picture` |
-| more than `max_pixels`, shorter side below `min_side`, a strip too narrow to cut into crops | refused before decoding: `too_many_pixels`, `too_small`, `too_narrow` |
+| more than `max_pixels`, shorter side below `min_side` | refused before decoding: `too_many_pixels`, `too_small` |
+| a strip too narrow to cut into crops | refused before decoding: `too_narrow` |
 | animated, or several pages | refused, since only the first frame would be seen: `animated` |
 | 32-bit or floating-point pixels | refused: `unsupported` |
 | 16-bit grey | kept as 8-bit PNG, noted `16_bit`: of the bits that the picture uses, the upper eight |

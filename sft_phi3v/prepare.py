@@ -6,9 +6,9 @@
       → many processes: rows that are kept, with their pictures
     → `dataset_name`/data/train-00000-of-00012.parquet …, manifest.parquet, README.md
 
-Beside it, `dataset_name`.work holds what was fetched and checked: a run that was cut, by whatever, goes on from there, and
-a later one fetches only what is new or failed. The data set itself appears whole, by a rename, or not at all. Nothing in it
-depends on which process was faster: equal sources and recipes give equal files.
+Beside it, `dataset_name`.work holds what was fetched and checked: a run that was cut, by whatever, goes on from there,
+and a later one fetches only what is new or failed. The data set itself appears whole, by a rename, or not at all.
+Nothing in it depends on which process was faster: equal sources and recipes give equal files.
 """
 
 import asyncio
@@ -35,10 +35,11 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetInfo, DatasetInfosDict, Features, Image, LargeList, List, Value
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, LargeList, List, Value
+from datasets.info import DatasetInfosDict
 from datasets.splits import SplitDict, SplitInfo
 from filelock import FileLock, Timeout
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub import DatasetCardData, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from tqdm import tqdm
 
@@ -162,8 +163,13 @@ class Job:
 # --- checking, in worker processes ---
 
 
-_progress: Callable[[str], None] = lambda reason: None
-_stopped: Callable[[], bool] = lambda: False
+def _silent(reason: str) -> None:
+    """What a process does with the outcome of a row where nobody shows a progress bar."""
+
+
+# Set once when a worker process starts; a task cannot carry them.
+_progress: Callable[[str], None] = _silent
+_stopped: Callable[[], bool] = bool
 
 
 def _start_worker(queue: Any, stop: Any) -> None:
@@ -172,7 +178,11 @@ def _start_worker(queue: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and `stop` says it
     parent = multiprocessing.parent_process()
     _progress = queue.put
-    _stopped = lambda: stop.is_set() or (parent is not None and not parent.is_alive())
+
+    def stopped() -> bool:
+        return bool(stop.is_set()) or (parent is not None and not parent.is_alive())
+
+    _stopped = stopped
 
 
 def check_blocks(job: Job, starts: Sequence[int]) -> dict[int, str]:
@@ -437,6 +447,7 @@ def decide(jobs: Sequence[Job], files: Sequence[Sequence[str]], recipe: Recipe, 
     reason = np.array(table["reason"].to_pylist(), dtype=object)
     detail, split = np.full(rows, None, object), np.full(rows, None, object)
     given = np.repeat([job.split for job in jobs], [len(job.rows) for job in jobs])
+    numbers = np.concatenate([np.arange(len(job.rows)) for job in jobs])  # each row's number in its own split
     usable = np.flatnonzero(reason == np.array(None))
     if len(jobs) > 1:  # of equal rows the first is kept: that of the test split, which must not be learned
         usable = usable[np.argsort(given[usable] != test, kind="stable")]
@@ -444,12 +455,11 @@ def decide(jobs: Sequence[Job], files: Sequence[Sequence[str]], recipe: Recipe, 
 
     first, contradicting = same_rows(contents)
     if settings.duplicates == "drop":
-        number = lambda index: f"row {int(index) - (len(jobs[0].rows) if given[index] != given[0] else 0)}"
         for row, same, conflict in zip(usable, usable[first], contradicting, strict=True):
             if conflict:
                 reason[row], detail[row] = "conflict", "equal pictures and question have other answers elsewhere"
             elif row != same:
-                reason[row], detail[row] = "duplicate", f"the same as {number(same)} of split {given[same]!r}"
+                reason[row], detail[row] = "duplicate", f"the same as row {numbers[same]} of split {given[same]!r}"
     near = near_pairs(contents, settings.near_duplicates) if settings.near_duplicates is not None else None
     near = near or (np.empty(0, np.int64), np.empty(0, np.int64))
     cluster = clusters(contents, near)
@@ -802,7 +812,7 @@ def _write_manifest(jobs: Sequence[Job], files: Sequence[Sequence[str]], decisio
             lines = pq.read_table(file)
             here = slice(position, position + len(lines))
             position += len(lines)
-            reasons, details = lines["reason"].to_pylist(), lines["detail"].to_pylist()
+            details = lines["detail"].to_pylist()
             notes = [
                 [*own, "near_duplicate"] if near else own
                 for own, near in zip(lines["notes"].to_pylist(), decision.near[here], strict=True)
@@ -818,7 +828,6 @@ def _write_manifest(jobs: Sequence[Job], files: Sequence[Sequence[str]], decisio
                 "cluster": pa.array(decision.cluster[here], pa.int64()),
                 "key": lines["key"],
             }
-            assert all(reason is None or reason == now for reason, now in zip(reasons, decision.reason[here]))
             columns |= {name: lines[name] for name in _LINE.names if name not in columns and name not in _INTERNAL}
             table = pa.table(columns)
             writer = writer or pq.ParquetWriter(path, table.schema)
@@ -873,7 +882,8 @@ def _told(summary: Mapping[str, Any], target: Path, work: Path, seconds: float) 
         )
     lines.append(f"pictures            {summary['picture_bytes'] / 1e6:>9,.1f} MB")
     lines.append(
-        f"time                {seconds:>9,.1f} s, {summary['rows'] / seconds:,.0f} rows/s; {summary['requests']:,} requests"
+        f"time                {seconds:>9,.1f} s, {summary['rows'] / seconds:,.0f} rows/s; "
+        f"{summary['requests']:,} requests"
     )
     total = sum(kept.values())
     if total >= 20 and summary["largest_cluster"] > total / 5:
@@ -938,7 +948,7 @@ def _each(
     function: Callable[..., Any],
     tasks: Sequence[tuple[Any, ...]],
     settings: PrepareArguments,
-    one_more: Callable[[str], None] = lambda reason: None,
+    one_more: Callable[[str], None] = _silent,
 ) -> Iterator[tuple[int, Any]]:
     """Runs a function over tasks in many processes; gives each task's number and result as they are done."""
     if settings.engine == "ray":
@@ -952,7 +962,12 @@ def _each(
         return
     context = multiprocessing.get_context("spawn")
     queue, stop = context.SimpleQueue(), context.Event()
-    listener = threading.Thread(target=lambda: [one_more(reason) for reason in iter(queue.get, None)])
+
+    def listen() -> None:
+        for reason in iter(queue.get, None):
+            one_more(reason)
+
+    listener = threading.Thread(target=listen)
     listener.start()
     try:
         with ProcessPoolExecutor(_workers(settings), context, _start_worker, (queue, stop)) as pool:

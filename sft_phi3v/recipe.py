@@ -1,7 +1,8 @@
 """A recipe is one flat YAML file that fixes one run: the model, the data, the training and where the result goes.
 
 Every key is a field of TRL's `ScriptArguments`, `ModelConfig` or `SFTConfig`, or one of our own in [`TaskArguments`]
-and [`PrepareArguments`]. The command line overrides the file, so this trains the Burberry recipe with four crops per picture:
+and [`PrepareArguments`]. The command line overrides the file, so this trains the Burberry recipe with four crops per
+picture:
 
 ```python
 >>> recipe = load_recipe(["recipes/burberry.yaml", "--num_crops", "4", "--learning_rate", "1e-4"])

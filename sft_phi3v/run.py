@@ -20,6 +20,7 @@ from trl import SFTTrainer
 from sft_phi3v.data import to_examples
 from sft_phi3v.evaluation import Evaluation, write_whole
 from sft_phi3v.model import landing_table, load_model, lora_config
+from sft_phi3v.prepare import prepare as prepare_data
 from sft_phi3v.preview import prepare, print_once
 from sft_phi3v.recipe import Recipe, check_machine, check_output_dir, load_recipe
 
@@ -39,6 +40,10 @@ def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
     """
     check_machine(recipe)
     check_output_dir(recipe)
+    if recipe.prepare.prepare and recipe.prepare.source:
+        with PartialState().main_process_first():
+            if PartialState().is_main_process and not Path(str(recipe.script.dataset_name)).expanduser().exists():
+                prepare_data(recipe)
     collator, train_rows, held_out_rows = prepare(recipe)
     model = load_model(recipe)
     # TRL and PEFT still ask under the name that transformers has moved on from.

@@ -1,6 +1,6 @@
 """Which rows are the same, which look the same, and on which side of the split each one stands.
 
-Rows that share a picture, a nearly equal picture or a group form a cluster, and a cluster stands on one side as a whole.
+Rows that share a picture, a nearly equal picture or a group form a cluster, which stands on one side as a whole.
 Its side follows from a hash of its own content and the seed, not from its position: the same rows give the same split
 on every machine, and rows that are added later leave the others where they are.
 
@@ -10,6 +10,7 @@ on every machine, and rows that are added later leave the others where they are.
 """
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,7 +88,7 @@ def near_pairs(contents: Contents, distance: int) -> tuple[Indices, Indices]:
     hashes, colours = contents.perceptual[unique], contents.colours[unique].astype(np.int16)
     pairs = [(unique[inverse.ravel()], np.arange(len(alike)))]  # what no bit tells apart needs no comparing
     edges = np.linspace(0, 64, distance + 2).astype(np.uint64)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         band = (hashes >> low) & np.uint64((1 << int(high - low)) - 1)
         order = np.argsort(band, kind="stable")
         left = np.arange(len(order) - 1)

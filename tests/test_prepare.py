@@ -1,0 +1,362 @@
+"""From a table of URLs with planted faults to a data set: what is dropped and why, what stays to the last byte."""
+
+import io
+import random
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from sft_phi3v import prepare as preparing
+from sft_phi3v.catalogue import draw_picture, draw_product
+from sft_phi3v.data import load_splits, to_examples
+from sft_phi3v.recipe import load_recipe
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def drawn(number):
+    rng = random.Random(number)
+    return draw_picture(draw_product(rng), rng)
+
+
+def encoded(image, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def bomb():
+    """A 30,000×30,000 PNG of black in a few hundred kilobytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(1 + 30_000 // 8)) for _ in range(30_000)) + packer.flush()
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def rotated(image):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(image, quality=90, exif=exif)
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>'
+HTML = b"<!doctype html><title>Not here</title>" + b"x" * 500
+FRAMES = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+DEEP = Image.fromarray((np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64))
+
+# name → (body, content type), or what the handler does instead; and the reason or note that must stand in the manifest
+FAULTS = {
+    "missing": ((404, {}), "http_404"),
+    "gone_wrong_once": ("500 then", None),
+    "busy_once": ("429 then", None),
+    "cut_once": ("cut then", None),
+    "trickle": ("trickle", "timeout"),
+    "truncated": ((encoded(drawn(1001))[:3000], "image/jpeg"), "truncated"),
+    "page": ((HTML, "text/html"), "content_type"),
+    "page_as_jpeg": ((HTML, "image/jpeg"), "not_a_picture"),
+    "bomb": ("bomb", "too_many_pixels"),
+    "text_type": ((encoded(drawn(1002)), "text/plain"), "content_type"),
+    "binary_type": ((encoded(drawn(1003)), "application/octet-stream"), None),
+    "huge": ("huge", "too_large"),
+    "endless": ("endless", "too_large"),
+    "loop": ((302, {"Location": "/loop"}), "redirects"),
+    "to_file": ((302, {"Location": "file:///etc/passwd"}), "address"),
+    "to_private": ((302, {"Location": "http://10.0.0.1/a.jpg"}), "address"),
+    "to_metadata": ((302, {"Location": "http://169.254.169.254/latest"}), "address"),
+    "moved": ((302, {"Location": "/good/3"}), "duplicate"),
+    "same": ((encoded(drawn(5), quality=90), "image/jpeg"), "duplicate"),
+    "dot": ((encoded(Image.new("RGB", (1, 1)), "PNG"), "image/png"), "too_small"),
+    "moving": ((encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "image/gif"), "animated"),
+    "cmyk": ((encoded(drawn(1004).convert("CMYK")), "image/jpeg"), "note:cmyk"),
+    "lying": ((rotated(drawn(1005).resize((192, 96))), "image/jpeg"), "note:exif_rotated"),
+    "deep": ((encoded(DEEP, "PNG"), "image/png"), "note:16_bit"),
+    "svg": ((SVG, "image/svg+xml"), "not_a_picture"),
+    "smaller": ((encoded(drawn(7).resize((160, 160)), quality=80), "image/jpeg"), "note:near_duplicate"),
+}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        server, name = self.server, self.path.rpartition("/")[2]
+        server.seen[self.path] += 1
+        time.sleep(server.latency)
+        if self.path.startswith("/good/"):
+            return self.send(encoded(drawn(int(name)), quality=90), "image/jpeg")
+        what, _ = FAULTS[name]
+        first = server.seen[self.path] == 1
+        if isinstance(what, tuple) and isinstance(what[0], bytes):
+            return self.send(*what)
+        if isinstance(what, tuple):
+            return self.answer(what[0], what[1])
+        if what == "bomb":
+            return self.send(server.bomb, "image/png")
+        if what == "500 then" and first:
+            return self.answer(500, {})
+        if what == "429 then" and first:
+            return self.answer(429, {"Retry-After": "1"})
+        body = encoded(drawn(2000 + len(name)), quality=90)
+        if what == "cut then" and first:
+            self.send_response(200)
+            self.send_header("Content-Type", "image/jpeg")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2])
+            self.close_connection = True
+            return None
+        if what in ("trickle", "huge", "endless"):
+            self.send_response(200)
+            self.send_header("Content-Type", "image/jpeg")
+            if what == "huge":
+                self.send_header("Content-Length", str(10**9))
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.close_connection = True
+            try:
+                for _ in range(2000):
+                    self.wfile.write(b"\xff" if what == "trickle" else bytes(100_000))
+                    time.sleep(0.1 if what == "trickle" else 0)
+            except OSError:
+                pass
+            return None
+        return self.send(body, "image/jpeg")
+
+    def answer(self, status, headers):
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": "0"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def send(self, body, kind):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    class Server(ThreadingHTTPServer):
+        daemon_threads, request_queue_size = True, 256
+
+        def handle_error(self, request, client_address):
+            pass  # a client that hangs up, as it should here
+
+    server = Server(("127.0.0.1", 0), Handler)
+    server.seen, server.latency, server.bomb = Counter(), 0.0, bomb()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def write_table(path, server, *, good, faults=True):
+    rows = [{"imageurl": f"{server.url}/good/{n}", "title": f"Thing {n}", "code": f"{n:05d}"} for n in range(good)]
+    if faults:
+        rows += [{"imageurl": f"{server.url}/{name}", "title": f"Fault {name}", "code": name} for name in FAULTS]
+        same = {"moved": 3, "same": 5}
+        for row in rows:
+            if row["code"] in same:
+                row["title"] = f"Thing {same[row['code']]}"
+        rows += [
+            {"imageurl": "", "title": "No picture", "code": "none"},
+            {"imageurl": f"{server.url}/good/900", "title": "", "code": "untitled"},
+            {"imageurl": f"{server.url}/good/901", "title": "N/A", "code": "placeholder"},
+            {"imageurl": f"{server.url}/good/902", "title": "One", "code": "conflict"},
+            {"imageurl": f"{server.url}/good/902", "title": "Other", "code": "conflict"},
+            {"imageurl": "s3://bucket/a.jpg", "title": "Elsewhere", "code": "scheme"},
+        ]
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def write_prepare(tmp_path, write_recipe):
+    def write(source, **changes):
+        keys = {
+            "source": str(source),
+            "source_image_column": "imageurl",
+            "dataset_name": str(tmp_path / "data"),
+            "answer": "{title}.",
+            "held_out": 0.2,
+            "fetch_timeout": 2,
+            "fetch_attempts": 3,
+            "max_bytes": 5_000_000,
+            "workers": 2,
+        }
+        return write_recipe(**(keys | changes))
+
+    return write
+
+
+def manifest(folder):
+    return pq.read_table(folder / "manifest.parquet").to_pandas()
+
+
+def test_every_fault_stands_in_the_manifest_and_every_good_row_arrives_to_the_last_byte(
+    server, tmp_path, write_prepare, capsys
+):
+    table = write_table(tmp_path / "shop.csv", server, good=80)
+    path = write_prepare(tmp_path / "shop.csv")
+    preparing.main([path])
+    printed = capsys.readouterr().out
+    assert "dropped" in printed and "http_404 1" in printed
+
+    lines = manifest(tmp_path / "data")
+    assert len(lines) == len(table) and list(lines["row"]) == list(range(len(table)))
+    by_code = dict(zip(table["code"], lines.to_dict("records"), strict=True))
+    for name, (_, expected) in FAULTS.items():
+        line = by_code[name]
+        if expected is None or expected.startswith("note:"):
+            assert line["status"] == "kept", (name, line)
+            assert expected is None or expected.removeprefix("note:") in line["notes"], (name, line)
+        else:
+            assert (line["status"], line["reason"]) == ("dropped", expected), (name, line)
+            assert line["detail"]
+    expected = {"none": "no_picture", "untitled": "empty_field", "placeholder": "placeholder", "scheme": "address"}
+    assert {code: by_code[code]["reason"] for code in expected} == expected
+    assert list(lines["reason"][table["code"] == "conflict"]) == ["conflict", "conflict"]
+    assert (by_code["gone_wrong_once"]["attempts"], by_code["trickle"]["attempts"]) == (2, 1)
+    # The second 902 is one of two URLs that stand twice: the picture was fetched once.
+    assert server.seen["/good/902"] == 1
+
+    recipe = load_recipe([path])
+    train, test = load_splits(recipe)
+    kept = lines[lines["status"] == "kept"]
+    assert (len(train), len(test)) == tuple((kept["split"] == name).sum() for name in ("train", "test"))
+    good = {f"{n:05d}": encoded(drawn(n), quality=90) for n in range(80)}
+    arrived = {}
+    for rows in (train, test):
+        for row in rows.with_format("arrow")[:].to_pylist():
+            arrived[row["code"]] = row["image"]["bytes"]
+    assert {code: arrived[code] for code in good} == good
+    assert arrived["cmyk"] == FAULTS["cmyk"][0][0] and arrived["lying"] == FAULTS["lying"][0][0]
+    deep = Image.open(io.BytesIO(arrived["deep"]))
+    assert deep.mode == "L" and np.array_equal(np.asarray(deep), np.asarray(DEEP) >> 8)
+    upright = to_examples(train, recipe)
+    assert all(example["images"][0].size[1] > 30 for example in upright)
+    assert str(tmp_path) not in (tmp_path / "data" / "README.md").read_text()
+
+    # Near duplicates, and everything else that forms a cluster, stand on one side.
+    assert (lines[lines["status"] == "kept"].groupby("cluster")["split"].nunique() == 1).all()
+    seven = lines.iloc[7]
+    assert seven["cluster"] == by_code["smaller"]["cluster"] and "near_duplicate" in seven["notes"]
+
+    # Again: only what failed is fetched, and the data set is the same.
+    before = {file.name: file.read_bytes() for file in (tmp_path / "data" / "data").iterdir()}
+    server.seen.clear()
+    preparing.main([path])
+    assert not [url for url in server.seen if url.startswith("/good/")] and server.seen["/missing"] == 1
+    assert {file.name: file.read_bytes() for file in (tmp_path / "data" / "data").iterdir()} == before
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_identical_data_set(server, tmp_path, write_prepare):
+    write_table(tmp_path / "shop.csv", server, good=300, faults=False)
+    path = write_prepare(tmp_path / "shop.csv", dataset_name=str(tmp_path / "whole"))
+    command = [sys.executable, "-m", "sft_phi3v.prepare", path]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "whole" / "data").iterdir()}
+
+    server.seen.clear()
+    server.latency = 0.3
+    rng = random.Random(0)
+    command += ["--dataset_name", str(tmp_path / "cut")]
+    try:
+        for _ in range(5):
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(rng.uniform(3, 6))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert not (tmp_path / "cut").exists() or (tmp_path / "cut" / "README.md").exists()
+            time.sleep(1)  # its workers notice, and end
+    finally:
+        server.latency = 0.0
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "cut" / "data").iterdir()} == whole
+
+
+def test_paths_several_columns_groups_and_rows_added_later(tmp_path, write_recipe):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = []
+    for number in range(60):
+        for side in ("front", "back"):
+            drawn(2 * number + (side == "back")).save(folder / f"{number}_{side}.png")
+        sides = {side: f"{number}_{side}.png" for side in ("front", "back")}
+        rows.append({**sides, "product": number // 2, "t": f"x{number}"})
+    rows[3]["back"] = "nowhere.png"
+    pd.DataFrame(rows[:40]).to_csv(folder / "t.csv", index=False)
+    path = write_recipe(
+        source=str(folder / "t.csv"),
+        source_image_column=["front", "back"],
+        dataset_name=str(tmp_path / "data"),
+        answer="{t}",
+        group_column="product",
+        held_out=10,
+        workers=1,
+    )
+    preparing.main([path])
+    first = manifest(tmp_path / "data")
+    assert first["reason"][3] == "no_file" and "nowhere.png" in first["detail"][3]
+    assert (first["split"] == "test").sum() in (9, 10, 11)
+    assert (first[first["split"].notna()].assign(p=lambda x: x["row"] // 2).groupby("p")["split"].nunique() == 1).all()
+    train, _ = load_splits(load_recipe([path]))
+    assert len(to_examples(train, load_recipe([path]))[0]["images"]) == 2
+    assert {"front", "back"} <= set(train.column_names)
+
+    shuffled = [*rows[40:], *rows[:40]]
+    pd.DataFrame(shuffled).to_csv(folder / "t.csv", index=False)
+    preparing.main([path])
+    second = manifest(tmp_path / "data")
+    assert list(second["split"][20:].fillna("")) == list(first["split"].fillna(""))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"source_image_column": "picture"}, "`source_image_column` is 'picture'"),
+        ({"group_column": "sku"}, "`group_column` is 'sku'"),
+        ({"answer": "{name}"}, "`answer` reads {name}"),
+        ({"source": "nowhere/shop.csv"}, "`source` is 'nowhere/shop.csv'"),
+        ({"downscale": True}, "`downscale: true` needs `num_crops`"),
+        ({"push": "me"}, "`push` is 'me'"),
+        ({"near_duplicates": 40}, "`near_duplicates` is 40"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_fetched(tmp_path, write_prepare, changes, error):
+    pd.DataFrame({"imageurl": ["http://127.0.0.1:1/a.jpg"], "title": ["a"]}).to_csv(tmp_path / "s.csv", index=False)
+    keys = {"source": str(tmp_path / "s.csv")} | changes
+    with pytest.raises(SystemExit) as stopped:
+        preparing.main([write_prepare(keys.pop("source"), **keys)])
+    assert error in str(stopped.value)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_folder_of_something_else_is_not_overwritten(tmp_path, write_prepare):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit, match="was not made by this command"):
+        preparing.main([write_prepare("s.csv")])
+    assert (tmp_path / "data" / "thesis.txt").read_text() == "years of work"
