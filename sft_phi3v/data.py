@@ -511,16 +511,18 @@ def read_source(name: str, recipe: Recipe, *, key: str = "dataset_name") -> tupl
     train = recipe.script.dataset_train_split
     path = Path(name).expanduser()
     try:
+        if path.suffix == ".tar" and path.is_file():
+            return _webdataset(load_dataset("webdataset", data_files={train: [str(path)]})), path.parent
         if path.is_file():
             if path.suffix not in _BUILDERS:
-                raise ValueError(f"expected a file of {', '.join(_BUILDERS)}, or a folder")
+                raise ValueError(f"expected a file of {', '.join(_BUILDERS)}, .tar, or a folder")
             return _read({train: [str(path)]}), path.parent
         if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
             saved = load_from_disk(str(path))
             return saved if isinstance(saved, DatasetDict) else DatasetDict({train: saved}), path
         if path.is_dir():
             files = _tables(path, recipe)
-            return _read(files) if files else load_dataset(str(path)), path
+            return _read(files) if files else _webdataset(load_dataset(str(path))), path
         if name.count("/") > 1 or name.startswith(("/", ".", "~")) or path.suffix in _BUILDERS:
             raise ValueError(f"no such file or folder (paths count from {Path.cwd()})")
         return load_dataset(name, recipe.script.dataset_config), None
@@ -592,6 +594,26 @@ def _read(files: dict[str, list[str]]) -> DatasetDict:
         if values and all(map(_PLAIN.fullmatch, values)):
             kind = Value("int64" if all(value.lstrip("-").isdigit() for value in values) else "float64")
             splits |= {split: splits[split].cast_column(column, kind) for split in holders}
+    return splits
+
+
+def _webdataset(splits: DatasetDict) -> DatasetDict:
+    """Shards of members: the picture becomes `image`, and what stands in each `.json` becomes columns."""
+    for split, rows in splits.items():
+        if "__url__" not in rows.column_names:
+            continue
+        rows = rows.remove_columns("__url__")  # where the shard lies on this machine
+        for name in [name for name, kind in rows.features.items() if isinstance(kind, Image)][:1]:
+            rows = rows if name == "image" else rows.rename_column(name, "image")
+        if isinstance(rows.features.get("json"), dict):
+            names = [name for name in rows.features["json"] if name not in rows.column_names]
+            rows = rows.map(
+                lambda found, names=tuple(names): {name: [one[name] for one in found] for name in names},
+                batched=True,
+                input_columns=["json"],
+                remove_columns=["json"],
+            )
+        splits[split] = rows
     return splits
 
 

@@ -35,7 +35,7 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, LargeList, List, Value
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, LargeList, List, Value, load_from_disk
 from datasets.info import DatasetInfosDict
 from datasets.splits import SplitDict, SplitInfo
 from filelock import FileLock, Timeout
@@ -704,6 +704,9 @@ def _jobs(recipe: Recipe, work: Path) -> list[Job]:
         if name not in splits:
             continue
         rows = splits[name]
+        if not rows.cache_files:  # a table in memory would be sent to the workers with every task
+            rows.save_to_disk(work / "rows" / name)
+            rows = load_from_disk(work / "rows" / name)
         conversations = "messages" in rows.column_names
         output = "images" if conversations else task.image_column
         columns = tuple(settings.source_image_column or [output])

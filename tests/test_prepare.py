@@ -1,11 +1,13 @@
 """From a table of URLs with planted faults to a data set: what is dropped and why, what stays to the last byte."""
 
 import io
+import json
 import random
 import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zlib
@@ -331,6 +333,25 @@ def test_paths_several_columns_groups_and_rows_added_later(tmp_path, write_recip
     preparing.main([path])
     second = manifest(tmp_path / "data")
     assert list(second["split"][20:].fillna("")) == list(first["split"].fillna(""))
+
+
+def test_webdataset_shards(tmp_path, write_recipe):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    with tarfile.open(shards / "train-0.tar", "w") as tar:
+        for number in range(20):
+            for name, body in (
+                (f"{number:03d}.jpg", encoded(drawn(number))),
+                (f"{number:03d}.json", json.dumps({"title": f"T{number}", "price": number}).encode()),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(body)
+                tar.addfile(member, io.BytesIO(body))
+    path = write_recipe(source=str(shards), dataset_name=str(tmp_path / "data"), answer="{title}: {price}", workers=1)
+    preparing.main([path])
+    train, test = load_splits(load_recipe([path]))
+    assert len(train) + len(test) == 20 and {"title", "price", "image"} <= set(train.column_names)
+    assert str(tmp_path) not in str(manifest(tmp_path / "data").to_dict())
 
 
 @pytest.mark.parametrize(

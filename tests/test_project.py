@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sft_phi3v.recipe import TaskArguments, load_recipe
+from sft_phi3v.recipe import PrepareArguments, TaskArguments, load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "sft_phi3v"
@@ -113,6 +113,18 @@ def test_the_readme_explains_every_key_of_ours_with_its_default():
     for key in fields(TaskArguments):
         line = f"| `{key.name}` | `{json.dumps(getattr(defaults, key.name))}` | {key.metadata['help']} |"
         assert line in text, f"README.md lacks: {line}"
+
+
+def test_the_page_on_preparing_explains_every_key_and_every_reason():
+    text = (REPOSITORY / "docs" / "prepare.md").read_text(encoding="utf-8")
+    defaults = PrepareArguments()
+    for key in fields(PrepareArguments):
+        line = f"| `{key.name}` | `{json.dumps(getattr(defaults, key.name))}` | {key.metadata['help']} |"
+        assert line in text, f"docs/prepare.md lacks: {line}"
+    code = "".join((PACKAGE / f"{name}.py").read_text() for name in ("fetch", "pictures", "prepare"))
+    reasons = set(re.findall(r'(?:Refusal|_Passing)\(\s*"(\w+)"|reason\[row\], detail\[row\] = "(\w+)"', code))
+    assert len(reasons) > 15
+    assert {one or other for one, other in reasons} <= set(re.findall(r"`(\w+)`", text))
 
 
 def test_versions_are_pinned_once():

@@ -16,6 +16,7 @@ from sft_phi3v.recipe import (
     REFUSED,
     RENAMED,
     RESUMABLE,
+    PrepareArguments,
     Recipe,
     TaskArguments,
     check_machine,
@@ -75,6 +76,13 @@ def test_our_own_keys_are_these():
         *("prompt", "answer", "image_column", "num_crops", "held_out", "overlong", "adapt"),
         *("eval_rows", "max_new_tokens", "generation_batch_size"),
     ]
+    of_prepare = [field.name for field in dataclasses.fields(PrepareArguments)]
+    assert of_prepare == [
+        *("source", "source_image_column", "group_column", "stratify_column", "placeholders", "duplicates"),
+        *("near_duplicates", "min_side", "max_pixels", "max_bytes", "downscale", "fetch_connections"),
+        *("fetch_per_host", "fetch_timeout", "fetch_attempts", "workers", "engine", "push", "prepare"),
+    ]
+    ours += of_prepare
     assert not TRL_KEYS & set(ours)
     assert all(f"--{key} " in help_text() for key in ours)
 
