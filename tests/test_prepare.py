@@ -13,6 +13,7 @@ import time
 import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,10 +22,12 @@ import pytest
 from PIL import Image
 
 from sft_phi3v import prepare as preparing
+from sft_phi3v import preview, run
 from sft_phi3v.catalogue import draw_picture, draw_product
 from sft_phi3v.data import load_splits, to_examples
 from sft_phi3v.recipe import load_recipe
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -333,6 +336,45 @@ def test_paths_several_columns_groups_and_rows_added_later(tmp_path, write_recip
     preparing.main([path])
     second = manifest(tmp_path / "data")
     assert list(second["split"][20:].fillna("")) == list(first["split"].fillna(""))
+
+
+def test_burberrys_recipe_from_its_urls_to_a_trained_adapter(server, tmp_path, tiny_folder, monkeypatch, capsys):
+    columns = "website_name competence_date country_code currency_code brand category1_code category2_code flg_discount"
+    rows = []
+    for number in range(40):
+        product = draw_product(random.Random(number))
+        rows.append(
+            dict.fromkeys(columns.split(), "x")
+            | {"category3_code": product.category3_code, "product_code": f"80{number:05d}", "title": product.title}
+            | {"itemurl": "https://example.com", "imageurl": f"{server.url}/good/{number}", "price": product.full_price}
+            | {"full_price": product.full_price, "full_price_eur": 1, "price_eur": 1}
+        )
+    pd.DataFrame(rows).to_csv(tmp_path / "burberry.csv", index=False)
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("WANDB_PROJECT", "before")  # the recipe sets it; put back afterwards
+    changes = {"source": tmp_path / "burberry.csv", "dataset_name": tmp_path / "data", "output_dir": tmp_path / "out"}
+    changes |= {"model_name_or_path": tiny_folder, "dtype": "float32", "bf16": "false", "use_cpu": "true"}
+    changes |= {"num_crops": 1, "max_steps": 1, "gradient_accumulation_steps": 1, "report_to": "none", "eval_rows": 2}
+    changes |= {"load_best_model_at_end": "false", "dataloader_num_workers": 0, "max_new_tokens": 4, "workers": 1}
+    argv = ["recipes/burberry.yaml"]
+    for key, value in changes.items():
+        argv += [f"--{key}", str(value)]
+    with pytest.raises(SystemExit, match=r"python -m sft_phi3v.prepare recipes/burberry.yaml\n"):
+        run.main(argv)
+    preparing.main(argv)
+    capsys.readouterr()
+    preview.main([*argv])
+    assert "⟦Product: " in capsys.readouterr().out
+    run.main(argv)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert "after" in json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+
+def test_the_run_prepares_where_it_is_told_to(server, tmp_path, write_prepare):
+    write_table(tmp_path / "shop.csv", server, good=12, faults=False)
+    run.main([write_prepare(tmp_path / "shop.csv", workers=1, max_steps=1), "--prepare", "true"])
+    assert (tmp_path / "data" / "manifest.parquet").is_file()
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_webdataset_shards(tmp_path, write_recipe):
