@@ -33,7 +33,21 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import PIL.Image
 import PIL.ImageOps
-from datasets import ClassLabel, Dataset, DatasetDict, Image, LargeList, List, Value, load_dataset, load_from_disk
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    LargeList,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from sft_phi3v.recipe import MARKUP, Recipe, TaskArguments
@@ -41,8 +55,8 @@ from sft_phi3v.recipe import MARKUP, Recipe, TaskArguments
 logger = logging.getLogger(__name__)
 
 ROW = "__row__"  # column with a row's position in its source, so that an error can name it after any shuffling
-_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-_NO_TABLES = ("manifest", "metadata", "dataset_info", "dataset_infos", "dataset_dict", "state")
+_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tar": "webdataset"}
+_NO_TABLES = ("metadata", "dataset_info", "dataset_infos", "dataset_dict", "state")
 _SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 _URL = re.compile(r"https?://")
 _DOWNLOAD = (
@@ -50,7 +64,7 @@ _DOWNLOAD = (
     "folder as `dataset_name`, then type: python -m sft_phi3v.prepare RECIPE"
 )
 _TEXT = (Value("string"), Value("large_string"))
-_PLAIN = re.compile(r"-?(?:0|[1-9]\d{0,17})(?:\.\d+)?(?:e[-+]\d+)?")  # 00123 and 1E5 are codes
+_PLAIN = r"^-?(?:0|[1-9]\d{0,17})(?:\.\d+)?(?:e[-+]\d+)?$"  # 00123 and 1E5 are codes
 _CURRENCIES = (
     "AED ARS AUD BRL CAD CHF CLP CNY COP CZK DKK EGP EUR GBP HKD HUF IDR ILS INR JPY KRW KWD MXN MYR NOK NZD PHP PLN "
     "QAR RON RUB SAR SEK SGD THB TRY TWD UAH USD VND ZAR"
@@ -494,7 +508,7 @@ def _urls(dataset: Dataset) -> str:
 
 def read_source(name: str, recipe: Recipe, *, key: str = "dataset_name") -> tuple[DatasetDict, Path | None]:
     """
-    Read every split of whatever holds rows.
+    Read every split of whatever holds rows. They stay on the disk, mapped into memory, however many they are.
 
     Args:
         name (`str`): A Hub id, a folder or a file, as for [`load_splits`].
@@ -511,21 +525,19 @@ def read_source(name: str, recipe: Recipe, *, key: str = "dataset_name") -> tupl
     train = recipe.script.dataset_train_split
     path = Path(name).expanduser()
     try:
-        if path.suffix == ".tar" and path.is_file():
-            return _webdataset(load_dataset("webdataset", data_files={train: [str(path)]})), path.parent
         if path.is_file():
             if path.suffix not in _BUILDERS:
-                raise ValueError(f"expected a file of {', '.join(_BUILDERS)}, .tar, or a folder")
+                raise ValueError(f"expected a file of {', '.join(_BUILDERS)}, or a folder")
             return _read({train: [str(path)]}), path.parent
         if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
             saved = load_from_disk(str(path))
             return saved if isinstance(saved, DatasetDict) else DatasetDict({train: saved}), path
         if path.is_dir():
             files = _tables(path, recipe)
-            return _read(files) if files else _webdataset(load_dataset(str(path))), path
+            return _read(files) if files else load_dataset(str(path)), path
         if name.count("/") > 1 or name.startswith(("/", ".", "~")) or path.suffix in _BUILDERS:
             raise ValueError(f"no such file or folder (paths count from {Path.cwd()})")
-        return load_dataset(name, recipe.script.dataset_config), None
+        return _webdataset(load_dataset(name, recipe.script.dataset_config)), None
     except DatasetNotFoundError:
         raise ValueError(
             f"`{key}` is {name!r}: there is no such file or folder in {Path.cwd()}, and the Hub has no such "
@@ -549,7 +561,10 @@ def _tables(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
 
     `datasets` goes by the most frequent kind of file, so that 1,000 pictures beside a `rows.csv` would hide it.
     """
-    found = [file for place in (folder, folder / "data") if place.is_dir() for file in sorted(place.iterdir())]
+    places = [folder, folder / "data"]
+    if (folder / "manifest.parquet").is_file():  # `prepare` wrote it, with a line for each row that it left out too
+        del places[0]
+    found = [file for place in places if place.is_dir() for file in sorted(place.iterdir())]
     tables = [file for file in found if file.suffix in _BUILDERS and file.stem not in _NO_TABLES]
     files = [file for file in tables if file.suffix != ".json"]
     if not files and all(file.stem != "metadata" for file in found):
@@ -576,29 +591,56 @@ def _split_of(file: Path, recipe: Recipe) -> str | None:
 
 
 def _read(files: dict[str, list[str]]) -> DatasetDict:
-    """
-    Tables of one kind, by split.
-
-    CSV is taken as it stands, "NA" and 00123 too: a column holds numbers where every value of every split is one.
-    """
+    """Tables of one kind, by split."""
     suffix = Path(next(iter(files.values()))[0]).suffix
-    if suffix != ".csv":
-        return load_dataset(_BUILDERS[suffix], data_files=files)
+    return _read_csv(files) if suffix == ".csv" else _webdataset(load_dataset(_BUILDERS[suffix], data_files=files))
+
+
+def _read_csv(files: dict[str, list[str]]) -> DatasetDict:
+    """CSV as it stands, "NA" and 00123 too: a column holds numbers where every value of every split is one."""
     splits = DatasetDict()
     for split, names in files.items():
-        tables = [pd.read_csv(name, dtype=str, keep_default_na=False, na_values=[""]) for name in names]
-        splits[split] = Dataset.from_pandas(pd.concat(tables), preserve_index=False)
-    for column in {name: None for rows in splits.values() for name in rows.column_names}:
-        holders = [split for split, rows in splits.items() if column in rows.column_names]
-        values = [value for split in holders for value in splits[split][column] if value is not None]
-        if values and all(map(_PLAIN.fullmatch, values)):
-            kind = Value("int64" if all(value.lstrip("-").isdigit() for value in values) else "float64")
-            splits |= {split: splits[split].cast_column(column, kind) for split in holders}
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for name in names:
+            alike.setdefault(tuple(pd.read_csv(name, nrows=0).columns), []).append(name)
+        parts = [
+            load_dataset(
+                "csv",
+                data_files={split: some},
+                split=split,
+                features=Features({column: Value("string") for column in columns}),
+                keep_default_na=False,
+                na_values=[""],
+            )
+            for columns, some in alike.items()
+        ]
+        splits[split] = concatenate_datasets(parts)
+    kinds = {
+        column: _kind(
+            chunk for rows in splits.values() if column in rows.features for chunk in rows.data[column].chunks
+        )
+        for column in {name: None for rows in splits.values() for name in rows.column_names}
+    }
+    for split, rows in splits.items():
+        features = Features({column: kinds[column] for column in rows.column_names})
+        splits[split] = rows if features == rows.features else rows.cast(features)
     return splits
 
 
+def _kind(chunks: Iterable[pa.Array]) -> Value:
+    """What a column of text holds: whole numbers, numbers or, if one value is neither or there is none, text."""
+    kind = "string"
+    for chunk in chunks:
+        values = chunk.drop_null()
+        if not pc.all(pc.match_substring_regex(values, _PLAIN)).as_py():
+            return Value("string")
+        if len(values) and kind != "float64":
+            kind = "int64" if pc.all(pc.match_substring_regex(values, r"^-?\d+$")).as_py() else "float64"
+    return Value(kind)
+
+
 def _webdataset(splits: DatasetDict) -> DatasetDict:
-    """Shards of members: the picture becomes `image`, and what stands in each `.json` becomes columns."""
+    """Of a WebDataset, the picture becomes `image` and what stands in each `.json` columns; others stay as they are."""
     for split, rows in splits.items():
         if "__url__" not in rows.column_names:
             continue
@@ -606,13 +648,10 @@ def _webdataset(splits: DatasetDict) -> DatasetDict:
         for name in [name for name, kind in rows.features.items() if isinstance(kind, Image)][:1]:
             rows = rows if name == "image" else rows.rename_column(name, "image")
         if isinstance(rows.features.get("json"), dict):
-            names = [name for name in rows.features["json"] if name not in rows.column_names]
-            rows = rows.map(
-                lambda found, names=tuple(names): {name: [one[name] for one in found] for name in names},
-                batched=True,
-                input_columns=["json"],
-                remove_columns=["json"],
-            )
+            keys, rows = rows.select_columns("json").flatten(max_depth=2), rows.remove_columns("json")
+            names = {name: name.removeprefix("json.") for name in keys.column_names}
+            keys = keys.rename_columns({key: key if name in rows.features else name for key, name in names.items()})
+            rows = concatenate_datasets([rows, keys], axis=1)
         splits[split] = rows
     return splits
 

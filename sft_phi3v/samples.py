@@ -7,7 +7,8 @@
     rehearsal/faults.json    what is wrong with which row, and what the manifest of `prepare` should say of it
     rehearsal/source.json    the arguments: the same again find their source written already
 
-and serves the pictures. What a server does wrong stands in the URL: `/cut/pictures/0000009.jpg` breaks off the first time.
+and serves the pictures. What a server does wrong stands in the URL: `/cut/pictures/0000009.jpg` breaks off when it is
+first asked for.
 """
 
 import asyncio
@@ -159,7 +160,8 @@ class Planted:
         fault (`str`): One of [`FAULTS`].
         reason (`str`, *optional*): Why the manifest should say that the row is dropped; `None` if it is to be kept.
         notes (`tuple[str, ...]`): What it should note of a kept row.
-        attempts (`int`, *optional*): How many requests it should count, where the fault is about them.
+        attempts (`int`, *optional*): How many requests it should count for all of the row's pictures, where the fault
+            is about them.
     """
 
     row: int
@@ -245,8 +247,8 @@ def write_source(
         base_url (`str`, *optional*): Where the folder will be served: the picture column holds URLs. Without it, paths.
         distinct (`int`, *optional*): Most products that are drawn, at some 8 ms each; further rows show one of them
             again, in another detail and marked with their number, at a tenth of that. `None`: all.
-        pictures (`int`, *optional*, defaults to 1): Picture columns (image, image_2, …); every fourth row lacks the last
-            of several.
+        pictures (`int`, *optional*, defaults to 1): Picture columns (image, image_2, …); of several, every fourth row
+            lacks the last.
         kinds (`Sequence[str]`, *optional*): The faults to plant, one after the other. `None`: all of [`faults_of`].
 
     Returns:
@@ -322,7 +324,8 @@ def _rows(plan: _Plan, planted: list[Planted]) -> Iterator[_Row]:
             fault = FAULTS[name]
             reason = "http_404" if name == "missing" and plan.base_url else fault.reason
             affected = [number - 1, number] if name in _ON_THE_ROW_BEFORE else [number]
-            planted += [Planted(one, name, reason, fault.notes, fault.attempts) for one in affected]
+            attempts = fault.attempts and fault.attempts + len(row.pictures) - 1
+            planted += [Planted(one, name, reason, fault.notes, attempts) for one in affected]
         yield row
         before = row
 

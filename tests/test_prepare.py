@@ -302,6 +302,25 @@ def test_killed_at_any_moment_it_goes_on_to_the_identical_data_set(server, tmp_p
     assert {file.name: file.read_bytes() for file in (tmp_path / "cut" / "data").iterdir()} == whole
 
 
+def test_ctrl_c_stops_soon_and_says_that_nothing_is_lost(server, tmp_path, write_prepare):
+    write_table(tmp_path / "shop.csv", server, good=300, faults=False)
+    server.seen.clear()
+    server.latency = 2.0
+    command = [sys.executable, "-m", "sft_phi3v.prepare", write_prepare(tmp_path / "shop.csv", fetch_connections=8)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        while not server.seen:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        server.latency = 0.0
+        process.kill()
+    assert process.returncode == 1
+    assert said.splitlines()[-1] == "stopped. Nothing is lost: type the command again to go on."
+    assert "Traceback" not in said
+
+
 def test_paths_several_columns_groups_and_rows_added_later(tmp_path, write_recipe):
     folder = tmp_path / "pictures"
     folder.mkdir()

@@ -20,7 +20,7 @@ RECIPES = sorted(path.name for path in (REPOSITORY / "recipes").glob("*.yaml"))
 LAYERS = [
     ["phi3_v"],
     ["recipe", "catalogue", "fetch", "splitting"],
-    ["data", "collator", "model", "pictures"],
+    ["data", "collator", "model", "pictures", "samples"],
     ["prepare", "preview"],
     ["evaluation"],
     ["run"],
