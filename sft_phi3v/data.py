@@ -21,6 +21,7 @@ no second description of the format. Rows that hold `messages` already keep them
 """
 
 import io
+import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -126,7 +127,7 @@ def load_splits(recipe: Recipe) -> tuple[Dataset, Dataset]:
 
 def check_prepared(recipe: Recipe) -> None:
     """
-    Refuse a recipe that names a `source` from which nothing was prepared yet.
+    Refuse a recipe whose `source` was not prepared yet, or was downscaled for fewer crops than the recipe has.
 
     Args:
         recipe ([`~sft_phi3v.recipe.Recipe`]): The recipe.
@@ -140,6 +141,14 @@ def check_prepared(recipe: Recipe) -> None:
             f"`dataset_name` {name!r} is to be made of `source` {recipe.prepare.source!r} first:\n"
             f"  python -m sft_phi3v.prepare {recipe.path}\nor let the run do it: --prepare true"
         )
+    summary = Path(name).expanduser() / "summary.json"
+    if (Path(name).expanduser() / "manifest.parquet").is_file() and summary.is_file():
+        crops = json.loads(summary.read_text(encoding="utf-8"))["downscaled_for_num_crops"]
+        if crops is not None and (recipe.task.num_crops is None or recipe.task.num_crops > crops):
+            raise ValueError(
+                f"`num_crops` is {recipe.task.num_crops}, and the pictures of `dataset_name` {name!r} were downscaled "
+                f"for {crops}. Write that, or prepare them again."
+            )
 
 
 def to_examples(dataset: Dataset, recipe: Recipe) -> Dataset:

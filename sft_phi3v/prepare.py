@@ -868,6 +868,7 @@ def _summary(
         "requests": requests,
         "largest_cluster": decision.largest,
         "contradicting": decision.contradicting,
+        "downscaled_for_num_crops": jobs[0].num_crops if jobs[0].settings.downscale else None,
     }
 
 
@@ -920,6 +921,7 @@ def _write_card(
         "says of every row of the source what became of it.\n\n"
         f"```json\n{json.dumps(summary, indent=2)}\n```\n"
     )
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(f"---\n{data}\n---\n\n{text}", encoding="utf-8")
 
 

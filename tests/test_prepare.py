@@ -396,6 +396,40 @@ def test_the_run_prepares_where_it_is_told_to(server, tmp_path, write_prepare):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
+def test_a_source_with_its_own_test_split_strata_downscaling_and_the_upload(tmp_path, write_recipe, monkeypatch):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for number in range(30):
+        drawn(number).resize((800, 600)).save(folder / f"{number}.png")
+    lines = [json.dumps({"image": f"{n}.png", "t": f"T{n}", "kind": "ab"[n % 2]}) for n in range(30)]
+    (folder / "train.jsonl").write_text("\n".join(lines[:24]))
+    (folder / "test.jsonl").write_text("\n".join([*lines[24:], lines[5]]))
+    changes = {"source": str(folder), "dataset_name": str(tmp_path / "data"), "answer": "{t}", "workers": 1}
+    path = write_recipe(**changes, num_crops=1, downscale=True)
+    preparing.main([path])
+    found = manifest(tmp_path / "data")
+    assert found["reason"].dropna().to_dict() == {5: "duplicate"}  # kept where it is not learned
+    assert found["split"].value_counts().to_dict() == {"train": 23, "test": 7}
+    assert {"width": list(found["width"][0]), "height": list(found["height"][0])} == {"width": [336], "height": [252]}
+    train, _ = load_splits(load_recipe([path]))
+    assert to_examples(train, load_recipe([path]))[0]["images"][0].size == (336, 252)
+    with pytest.raises(ValueError, match="were downscaled for 1"):
+        load_splits(load_recipe([path, "--num_crops", "4"]))
+
+    (folder / "test.jsonl").unlink()
+    path = write_recipe(**changes, held_out=0.25, stratify_column="kind", push="me/rows")
+    sent = []
+    monkeypatch.setattr(preparing.HfApi, "whoami", lambda self: {"name": "me"})
+    monkeypatch.setattr(preparing.HfApi, "create_repo", lambda self, name, **kw: sent.append((name, kw)) or "URL")
+    monkeypatch.setattr(preparing.HfApi, "upload_folder", lambda self, **kw: sent.append(("upload", kw)))
+    preparing.main([path, "--dataset_name", str(tmp_path / "strata")])
+    found = manifest(tmp_path / "strata")
+    kinds = found["row"] % 2
+    assert [(found["split"][kinds == kind] == "test").sum() for kind in (0, 1)] == [3, 3]
+    assert sent[0] == ("me/rows", {"repo_type": "dataset", "private": True, "exist_ok": True})
+    assert sent[1][1]["folder_path"] == str(tmp_path / "strata")
+
+
 def test_webdataset_shards(tmp_path, write_recipe):
     shards = tmp_path / "shards"
     shards.mkdir()
