@@ -2,21 +2,32 @@
 
 Draws a sample catalogue, launches the very command that a real run is launched with, on `recipes/tiny.yaml`, and says
 what happened. Nothing here knows how training works.
+
+With `--source` it writes data to rehearse `prepare` on instead: see `--help`.
 """
 
+import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import yaml
 
 from sft_phi3v.catalogue import write_catalogue
 from sft_phi3v.recipe import load_recipe
+from sft_phi3v.samples import FORMS, Planted, Server, source_path, write_source
 
 RECIPE = "recipes/tiny.yaml"
+PORT = 8765  # always the same: the URLs in a table that was served before still hold
 
 
 def ensure_catalogue(folder: Path) -> None:
@@ -72,8 +83,8 @@ What to type next, for the real model and a GPU:
 """
 
 
-def main() -> None:
-    """`python -m sft_phi3v.demo`"""
+def run_demo() -> None:
+    """Draws, trains, scores and says what happened."""
     try:
         recipe = load_recipe([RECIPE])
     except ValueError as error:
@@ -91,6 +102,118 @@ def main() -> None:
     lines = (output_dir / "completions.jsonl").read_text(encoding="utf-8").splitlines()
     minutes = (time.monotonic() - start) / 60
     print(summary(metrics, [json.loads(line) for line in lines], str(output_dir), minutes))
+
+
+def rehearse(form: str, output_dir: str, *, serve: bool = False, **options: Any) -> None:
+    """
+    Writes a source to rehearse `prepare` on, says what to type next, and serves its pictures until Ctrl-C.
+
+    Args:
+        form (`str`): One of [`~sft_phi3v.samples.FORMS`].
+        output_dir (`str`): Where to write.
+        serve (`bool`, *optional*, defaults to `False`): Whether the table holds URLs, which are served.
+        **options: `port` and `latency` of [`~sft_phi3v.samples.Server`], and what
+            [`~sft_phi3v.samples.write_source`] takes.
+
+    Raises:
+        ValueError: If an option is not right.
+    """
+    serving = {name: options.pop(name) for name in ("port", "latency") if name in options}
+    if serving and not serve:
+        raise ValueError(f"--{next(iter(serving))} needs --serve.")
+    options.setdefault("rows", 1000)
+    with ExitStack() as stack:
+        server = stack.enter_context(Server(output_dir, **{"port": PORT, **serving})) if serve else None
+        planted = write_source(output_dir, form, base_url=server.url if server else None, **options)
+        print(what_next(form, output_dir, planted, options, server.url if server else None), flush=True)
+        if server:
+            try:
+                threading.Event().wait()
+            except KeyboardInterrupt:
+                print(f"\n{server.requests:,} requests, at most {server.peak:,} at once; {server.bytes / 1e6:,.1f} MB")
+
+
+def what_next(form: str, output_dir: str, planted: list[Planted], options: dict[str, Any], url: str | None) -> str:
+    """
+    What was written, and what to type next.
+
+    Args:
+        form (`str`): The form.
+        output_dir (`str`): Where it lies.
+        planted (`list[Planted]`): Its faults.
+        options (`dict`): The other options that it was written with.
+        url (`str`, *optional*): Where it is served.
+
+    Returns:
+        `str`: Some lines of text, the recipe's among them.
+    """
+    keys: dict[str, Any] = {"source": str(source_path(output_dir, form)), "dataset_name": "data/sample"}
+    if form == "burberry":
+        keys["source_image_column"] = ["imageurl"]
+    elif options.get("pictures", 1) > 1:
+        keys["source_image_column"] = ["image", *(f"image_{place}" for place in range(2, options["pictures"] + 1))]
+    if form == "classes":
+        keys["answer"] = "Category: {label}"
+    words = [
+        word for key, value in keys.items() for word in (f"--{key}", *(value if isinstance(value, list) else [value]))
+    ]
+    lines = "".join(f"  {line}\n" for line in yaml.safe_dump(keys, sort_keys=False).splitlines())
+    served = f"Its pictures are served at {url} until Ctrl-C.\n" if url else ""
+    return f"""\
+{output_dir}: {options["rows"]:,} rows ({form}: {FORMS[form].what})
+{output_dir}/faults.json: {len(planted):,} rows with planted faults, and what manifest.parquet should say of them
+{served}
+What to type next{", in another terminal" if url else ""}:
+  .venv/bin/python -m sft_phi3v.prepare {RECIPE} {shlex.join(words)}
+The same as lines of a recipe:
+{lines}"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")  # without the usage, which hides it
+
+
+def _parser() -> _Parser:
+    forms = "\n".join(f"  {name:<14} {form.what}" for name, form in FORMS.items())
+    parser = _Parser(
+        prog="python -m sft_phi3v.demo",
+        description="Without arguments: the whole job at toy size. With --source: data to rehearse `prepare` on.",
+        epilog=f"forms:\n{forms}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--source", dest="form", metavar="FORM", choices=FORMS, help="write a sample source (see below)"
+    )
+    parser.add_argument("--output_dir", metavar="FOLDER", help="where: a new folder")
+    parser.add_argument("--rows", type=int, metavar="N", help="how many (default: 1000)")
+    parser.add_argument("--seed", type=int, metavar="N", help="another seed gives other pictures (default: 0)")
+    parser.add_argument("--faults", type=float, metavar="SHARE", help="of rows with a planted fault (default: 0)")
+    parser.add_argument("--kinds", nargs="+", metavar="FAULT", help="which faults to plant (default: all)")
+    parser.add_argument("--distinct", type=int, metavar="N", help="draw so many, and vary them (default: draw all)")
+    parser.add_argument("--pictures", type=int, metavar="N", help="picture columns (default: 1)")
+    parser.add_argument("--serve", action="store_true", help="write URLs instead of paths, and serve them until Ctrl-C")
+    parser.add_argument("--port", type=int, metavar="PORT", help=f"of the server (default: {PORT})")
+    parser.add_argument("--latency", type=float, metavar="SECONDS", help="before every answer (default: 0)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m sft_phi3v.demo`"""
+    parser = _parser()
+    options = vars(parser.parse_args(argv))
+    if not options:
+        run_demo()
+        return
+    for name, option in (("form", "--source"), ("output_dir", "--output_dir")):
+        if name not in options:
+            parser.error(f"a sample source needs {option}: see --help.")
+    try:
+        rehearse(**options)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -50,34 +50,48 @@ class Form:
     A form in which people have pictures and what is known of them.
 
     Args:
+        what (`str`): The same for people.
         source (`str`): What `prepare` is to read, inside the written folder.
-        references (`bool`): Whether the table holds URLs or paths, so that the pictures can be served.
+        references (`bool`): Whether it holds URLs or paths, so that the pictures can be served.
         several (`bool`): Whether it may have several picture columns: image, image_2, …
         without (`tuple[str, ...]`): Faults that it has no place for.
     """
 
+    what: str
     source: str
     references: bool = False
     several: bool = False
-    without: tuple[str, ...] = ()
+    without: tuple[str, ...] = ("no_answer",)
 
 
-_TEXTS = ("empty_title", "placeholder")
 FORMS: dict[str, Form] = {
-    "csv": Form("rows.csv", references=True, several=True, without=("no_answer",)),
-    "jsonl": Form("rows.jsonl", references=True, several=True, without=("no_answer",)),
-    "parquet": Form("rows.parquet", references=True, several=True, without=("no_answer",)),
-    # Parquet with the pictures in it.
-    "embedded": Form("rows.parquet", several=True, without=("no_answer", "missing")),
-    # Pictures and metadata.jsonl; one folder per class, and nothing else. `datasets` does not see an SVG there.
-    "folder": Form("pictures", several=True, without=("no_answer", "svg")),
-    "classes": Form("pictures", without=("no_answer", "svg", "missing", "no_picture", *_TEXTS)),
-    # Tar files of 0000000.jpg, 0000000.json, …: every row has both.
-    "webdataset": Form("shards", without=("no_answer", "missing", "no_picture")),
-    # Rows of `images` and `messages`: one, several or no pictures.
-    "conversations": Form("rows.jsonl", references=True, without=("no_picture", *_TEXTS)),
-    # The columns of DBQ/Burberry.Product.prices.United.States.
-    "burberry": Form("rows.csv", references=True, without=("no_answer",)),
+    "csv": Form("a table, with URLs or paths of pictures", "rows.csv", references=True, several=True),
+    "jsonl": Form("the same, one JSON object per line", "rows.jsonl", references=True, several=True),
+    "parquet": Form("the same, in Parquet", "rows.parquet", references=True, several=True),
+    "embedded": Form("Parquet with the pictures in it", "rows.parquet", several=True, without=("no_answer", "missing")),
+    "folder": Form(
+        "a folder of pictures, with metadata.jsonl",
+        "pictures",
+        several=True,
+        without=("no_answer", "svg"),  # `datasets` takes no SVG for a picture there
+    ),
+    "classes": Form(
+        "a folder of pictures for each class",
+        "pictures",
+        without=("no_answer", "svg", "missing", "no_picture", "empty_title", "placeholder"),
+    ),
+    "webdataset": Form(
+        "tar files of 0000000.jpg, 0000000.json, …",
+        "shards",
+        without=("no_answer", "missing", "no_picture"),  # every row has both files
+    ),
+    "conversations": Form(
+        "rows of `images` and `messages`, with one, several or no pictures",
+        "rows.jsonl",
+        references=True,
+        without=("no_picture", "empty_title", "placeholder"),
+    ),
+    "burberry": Form("CSV with the columns of DBQ/Burberry.Product.prices.United.States", "rows.csv", references=True),
 }
 
 
@@ -193,7 +207,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The arguments of [`write_source`], checked."""
+    """The arguments of [`write_source`]."""
 
     form: str
     rows: int
@@ -202,7 +216,28 @@ class _Plan:
     base_url: str | None
     distinct: int | None
     pictures: int
-    kinds: tuple[str, ...]
+    kinds: list[str] | None
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"form is {self.form!r}, expected one of {', '.join(FORMS)}.")
+        form = FORMS[self.form]
+        for name in ("rows", "distinct", "pictures"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected 1 or more.")
+        if not 0 <= self.faults <= 0.5:
+            raise ValueError(f"faults is {self.faults}, expected a share from 0 to 0.5: a good row precedes each.")
+        if self.base_url is not None and not form.references:
+            raise ValueError(f"{self.form!r} holds the pictures themselves, so there is nothing to serve.")
+        if self.pictures > 1 and not form.several:
+            several = ", ".join(name for name, one in FORMS.items() if one.several)
+            raise ValueError(f"{self.form!r} has one picture column, not {self.pictures}; several can have {several}.")
+        possible = faults_of(self.form, served=self.base_url is not None)
+        for kind in self.kinds or ():
+            if kind not in possible:
+                served = "served" if self.base_url is not None else "not served"
+                raise ValueError(f"kinds holds {kind!r}; {self.form!r}, {served}, can have {', '.join(possible)}.")
 
     def is_planted(self, number: int) -> bool:
         """Faults are spread evenly: up to one row in two, so that a good row stands before each."""
@@ -258,11 +293,12 @@ def write_source(
         ValueError: If an argument is not right, the form has no place for it, or the folder holds something else.
     """
     folder = Path(folder)
-    plan = _checked(form, rows, seed, faults, base_url, distinct, pictures, kinds)
+    base_url = base_url and base_url.rstrip("/")
+    plan = _Plan(form, rows, seed, faults, base_url, distinct, pictures, list(kinds) if kinds else None)
     settings = json.dumps(asdict(plan), indent=2) + "\n"
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / "source.json").is_file() or (folder / "source.json").read_text(encoding="utf-8") != settings:
-            raise ValueError(f"{folder} is there already and holds something else: give a new folder's name.")
+            raise ValueError(f"{folder} is there already, and not made with these arguments: give a new folder's name.")
         found = json.loads((folder / "faults.json").read_text(encoding="utf-8"))
         return [Planted(**{**line, "notes": tuple(line["notes"])}) for line in found]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -279,42 +315,13 @@ def write_source(
     return planted
 
 
-def _checked(
-    form: str,
-    rows: int,
-    seed: int,
-    faults: float,
-    base_url: str | None,
-    distinct: int | None,
-    pictures: int,
-    kinds: Sequence[str] | None,
-) -> _Plan:
-    if form not in FORMS:
-        raise ValueError(f"the form {form!r} is unknown, expected one of {', '.join(FORMS)}.")
-    for name, value in (("rows", rows), ("distinct", distinct), ("pictures", pictures)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}, expected 1 or more.")
-    if not 0 <= faults <= 0.5:
-        raise ValueError(f"faults is {faults}, expected a share from 0 to 0.5: every fault needs a good row before it.")
-    if base_url is not None and not FORMS[form].references:
-        raise ValueError(f"{form!r} holds the pictures themselves: there are no URLs to serve.")
-    if pictures > 1 and not FORMS[form].several:
-        several = ", ".join(name for name, one in FORMS.items() if one.several)
-        raise ValueError(f"{form!r} has no place for {pictures} picture columns; these have: {several}.")
-    possible = faults_of(form, served=base_url is not None)
-    if unknown := [kind for kind in kinds or () if kind not in possible]:
-        where = "served" if base_url is not None else "not served"
-        raise ValueError(f"{form!r}, {where}, has no fault {unknown[0]!r}, but {', '.join(possible)}.")
-    base_url = base_url and base_url.rstrip("/")
-    return _Plan(form, rows, seed, faults, base_url, distinct, pictures, tuple(kinds or possible))
-
-
 # --- rows and their faults ---
 
 
 def _rows(plan: _Plan, planted: list[Planted]) -> Iterator[_Row]:
     """The rows, one at a time; what is planted in them is noted down."""
-    kinds, before = itertools.cycle(plan.kinds), None
+    kinds = itertools.cycle(plan.kinds or faults_of(plan.form, served=plan.base_url is not None))
+    before = None
     for number in range(plan.rows):
         row = _good_row(plan, number)
         if plan.is_planted(number):
@@ -475,6 +482,9 @@ def _bomb(side: int = 30_000) -> bytes:
 
 # --- forms ---
 
+_TABLE = {name: Value("string") for name in ("product_code", "title", "category3_code")}
+_TABLE["full_price"] = Value("float64")
+
 
 def _write(folder: Path, plan: _Plan, rows: Iterable[_Row]) -> dict[int, int]:
     """Writes rows in a form; returns the numbers under which rows are read that are not read in their order."""
@@ -501,11 +511,6 @@ def _write(folder: Path, plan: _Plan, rows: Iterable[_Row]) -> dict[int, int]:
             texts = {name: Value("string") for name in _picture_columns(plan)}
             _write_parquet(path, records, Features({**_TABLE, **texts}).arrow_schema, at_once=1000)
     return {}
-
-
-_TABLE = {name: Value("string") for name in ("product_code", "title", "category3_code")} | {
-    "full_price": Value("float64")
-}
 
 
 def _picture_columns(plan: _Plan) -> list[str]:
