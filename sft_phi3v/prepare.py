@@ -937,13 +937,14 @@ def _workers(settings: PrepareArguments) -> int:
 
 
 def _ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     try:
         import ray
     except ImportError:
         raise ValueError("`engine: ray` needs Ray: pip install -c constraints.txt -e .[cluster]") from None
     if not ray.is_initialized():
         try:
-            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
+            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level="ERROR")
         except ConnectionError as error:
             raise ValueError(f"`engine: ray`: this machine belongs to no running Ray cluster ({error}).") from None
     return ray
@@ -958,7 +959,7 @@ def _each(
     """Runs a function over tasks in many processes; gives each task's number and result as they are done."""
     if settings.engine == "ray":
         ray = _ray()
-        remote = ray.remote(num_cpus=1, max_retries=3)(function)
+        remote = ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")(function)
         waiting = {remote.remote(*task): index for index, task in enumerate(tasks)}
         while waiting:
             done, _ = ray.wait(list(waiting))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import signal
 import struct
@@ -12,6 +13,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -40,6 +42,11 @@ def encoded(image, kind="JPEG", **options):
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+@cache
+def good_picture(number):
+    return encoded(drawn(number), quality=90)
 
 
 def bomb():
@@ -104,7 +111,7 @@ class Handler(BaseHTTPRequestHandler):
         server.seen[self.path] += 1
         time.sleep(server.latency)
         if self.path.startswith("/good/"):
-            return self.send(encoded(drawn(int(name)), quality=90), "image/jpeg")
+            return self.send(good_picture(int(name)), "image/jpeg")
         what, _ = FAULTS[name]
         first = server.seen[self.path] == 1
         if isinstance(what, tuple) and isinstance(what[0], bytes):
@@ -291,15 +298,59 @@ def test_killed_at_any_moment_it_goes_on_to_the_identical_data_set(server, tmp_p
     try:
         for _ in range(5):
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            time.sleep(rng.uniform(3, 6))
+            time.sleep(rng.uniform(2.5, 5))
             process.send_signal(signal.SIGKILL)
             process.wait()
             assert not (tmp_path / "cut").exists() or (tmp_path / "cut" / "README.md").exists()
-            time.sleep(1)  # its workers notice, and end
+            time.sleep(0.6)  # its workers notice, and end
     finally:
         server.latency = 0.0
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     assert {file.name: file.read_bytes() for file in (tmp_path / "cut" / "data").iterdir()} == whole
+
+
+CLUSTER = """
+import sys, threading, time
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+second = cluster.add_node(num_cpus=1)
+import os
+os.environ["RAY_ADDRESS"] = cluster.address
+def strike():
+    while not os.path.exists(sys.argv[2]):
+        time.sleep(0.05)
+    cluster.remove_node(second, allow_graceful=False)
+    print("a node was killed", flush=True)
+if sys.argv[2]:
+    threading.Thread(target=strike, daemon=True).start()
+from sft_phi3v import prepare
+prepare.main([sys.argv[1], "--engine", "ray", *sys.argv[3:]])
+"""
+
+
+@pytest.mark.parametrize("killed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["two", "one is killed"])
+def test_a_cluster_of_two_workers_makes_the_same_data_set(server, tmp_path, write_prepare, killed):
+    pytest.importorskip("ray", reason="pip install -c constraints.txt -e .[cluster]")
+    write_table(tmp_path / "shop.csv", server, good=600)
+    path = write_prepare(tmp_path / "shop.csv", dataset_name=str(tmp_path / "local"))
+    preparing.main([path])
+    server.latency = 0.2
+    watched = tmp_path / "cluster.work" / "pictures" if killed else ""
+    command = [sys.executable, "-W", "ignore", "-c", CLUSTER, path, str(watched)]
+    command += ["--dataset_name", str(tmp_path / "cluster")]
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
+    finally:
+        server.latency = 0.0
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert ("a node was killed" in done.stdout) == killed
+    local, cluster = (
+        {file.name: file.read_bytes() for file in (tmp_path / name / "data").iterdir()} for name in ("local", "cluster")
+    )
+    assert local == cluster
+    assert manifest(tmp_path / "local")["reason"].equals(manifest(tmp_path / "cluster")["reason"])
 
 
 def test_ctrl_c_stops_soon_and_says_that_nothing_is_lost(server, tmp_path, write_prepare):
