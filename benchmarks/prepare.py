@@ -81,36 +81,43 @@ def check_alone(count: int) -> float:
 
 
 def prepare(url: str, rows: int, folder: Path) -> dict[str, float]:
-    """Runs the command; returns its rate and processor time, and the most memory of all its processes together."""
     lines = ["imageurl,title", *(f"{url}/{number},Thing {number}" for number in range(rows))]
     (folder / "shop.csv").write_text("\n".join(lines) + "\n")
     keys = {"model_name_or_path": "none", "output_dir": str(folder / "out"), "use_cpu": True, "bf16": False}
     keys |= {"source": str(folder / "shop.csv"), "source_image_column": ["imageurl"], "answer": "{title}"}
     keys |= {"dataset_name": str(folder / f"data{rows}"), "duplicates": "keep", "near_duplicates": None}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(keys))
-    start, peak, busy = time.perf_counter(), 0, 0.0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sft_phi3v.prepare", str(folder / "recipe.yaml")],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    return measured([sys.executable, "-m", "sft_phi3v.prepare", str(folder / "recipe.yaml")], rows)
+
+
+def measured(command: list[str], rows: int) -> dict[str, float]:
+    """Runs a command; returns its rate, its processor time and the most memory that all its processes held together."""
+    start, peak, busy = time.perf_counter(), 0, dict[int, float]()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         try:
             tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
             peak = max(peak, sum(one.memory_info().rss for one in tree))
-            busy = max(busy, sum(one.cpu_times().user + one.cpu_times().system for one in tree))
+            busy |= {one.pid: one.cpu_times().user + one.cpu_times().system for one in tree}
         except psutil.NoSuchProcess:
             pass
         time.sleep(0.2)
-    assert process.returncode == 0
     seconds = time.perf_counter() - start
-    return {"rows": rows, "seconds": seconds, "rows_per_s": rows / seconds, "peak_mb": peak / 1e6, "cpu_seconds": busy}
+    assert process.returncode == 0, f"{command} ended with {process.returncode}"
+    rates = {"rows": rows, "seconds": seconds, "rows_per_s": rows / seconds}
+    return rates | {"peak_mb": peak / 1e6, "cpu_ms_per_row": 1000 * sum(busy.values()) / rows}
+
+
+def show(name: str, found: dict[str, float], loop: float) -> None:
+    found |= {"times_one_by_one": found["rows_per_s"] / loop}
+    print(f"{name:<8}" + json.dumps({key: round(value, 1) for key, value in found.items()}), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10000], help="default: 1000 10000")
     parser.add_argument("--latency", type=float, default=0.05, help="seconds (default: 0.05)")
+    parser.add_argument("--daft", metavar="PYTHON", help="also Daft's own download, by this interpreter, which has it")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     port = context.Queue()
@@ -122,12 +129,11 @@ def main() -> None:
     print(f"one by one: {loop:.1f} rows/s; checks alone, one core: {check_alone(500):.0f} rows/s", flush=True)
     for rows in options.rows:
         with tempfile.TemporaryDirectory() as folder:
-            found = prepare(url, rows, Path(folder))
-        ratio = found["rows_per_s"] / loop
-        print(
-            json.dumps({key: round(value, 1) for key, value in found.items()} | {"times_one_by_one": round(ratio, 1)}),
-            flush=True,
-        )
+            show("prepare", prepare(url, rows, Path(folder)), loop)
+        if options.daft:
+            with tempfile.TemporaryDirectory() as folder:
+                script = str(Path(__file__).with_name("daft_download.py"))
+                show("daft", measured([options.daft, script, url, str(rows), folder], rows), loop)
     server.terminate()
 
 

@@ -85,23 +85,33 @@ class Store:
         """Keeps content; returns its SHA-256."""
         digest = hashlib.sha256(content).hexdigest()
         blob = self._blob(digest)
-        if not blob.is_file() or blob.stat().st_size != len(content):
-            aside = self._aside(blob)
-            aside.write_bytes(content)
-            os.replace(aside, blob)
+        aside = self._aside(blob)
+        try:
+            _write(aside, content)
+        except FileNotFoundError:  # asking first would cost each of many pictures what only the first needs
+            os.makedirs(os.path.dirname(aside), exist_ok=True)
+            _write(aside, content)
+        os.replace(aside, blob)
         return digest
 
     def add(self, url: str, content: bytes) -> None:
         """Keeps what a URL gave."""
-        blob, link = self._blob(self.put(content)), self._link(url)
-        aside = self._aside(link)
-        aside.symlink_to(os.path.relpath(blob, link.parent))
-        os.replace(aside, link)
+        digest, link = self.put(content), self._link(url)
+        target = f"../../blobs/{digest[:2]}/{digest}"
+        try:
+            os.symlink(target, link)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(link), exist_ok=True)
+            self.add(url, content)
+        except FileExistsError:
+            aside = self._aside(link)
+            os.symlink(target, aside)
+            os.replace(aside, link)
 
     def find(self, url: str) -> bytes | None:
         """What a URL gave, if it was fetched before and the file is still what its name says."""
         try:
-            digest = Path(os.readlink(self._link(url))).name
+            digest = os.path.basename(os.readlink(self._link(url)))
         except OSError:
             return None
         return self.read(digest)
@@ -109,21 +119,28 @@ class Store:
     def read(self, digest: str) -> bytes | None:
         """The content with this SHA-256, or `None`: a power cut can leave a file of the right name and wrong bytes."""
         try:
-            content = self._blob(digest).read_bytes()
+            with open(self._blob(digest), "rb") as file:
+                content = file.read()
         except OSError:
             return None
         return content if hashlib.sha256(content).hexdigest() == digest else None
 
-    def _aside(self, path: Path) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.with_name(f".{path.name}.{os.getpid()}.{random.getrandbits(32):08x}")
+    @staticmethod
+    def _aside(path: str) -> str:
+        folder, name = os.path.split(path)
+        return f"{folder}/.{name}.{os.getpid()}.{random.getrandbits(32):08x}"
 
-    def _blob(self, digest: str) -> Path:
-        return self.folder / "blobs" / digest[:2] / digest
+    def _blob(self, digest: str) -> str:
+        return f"{self.folder}/blobs/{digest[:2]}/{digest}"
 
-    def _link(self, url: str) -> Path:
+    def _link(self, url: str) -> str:
         name = hashlib.sha256(url.encode()).hexdigest()
-        return self.folder / "urls" / name[:2] / name
+        return f"{self.folder}/urls/{name[:2]}/{name}"
+
+
+def _write(path: str, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
 
 
 class _Resolver(AbstractResolver):

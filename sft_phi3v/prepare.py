@@ -232,7 +232,7 @@ async def _check_blocks(job: Job, starts: Sequence[int]) -> dict[int, str]:
         _write_whole(pa.Table.from_pylist(lines, schema=_LINE), path)
 
     files, ends = dict[int, str](), list[asyncio.Task[None]]()
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(1) as threads:
         async with Fetcher(limits, store) as fetcher:
             watcher = asyncio.create_task(watch())
             checker = _Checker(job, fetcher, store, threads)
