@@ -24,8 +24,9 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Formatter
 from typing import Any, BinaryIO
@@ -47,9 +48,12 @@ from datasets import (
     Value,
     concatenate_datasets,
     load_dataset,
+    load_dataset_builder,
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.packaged_modules.parquet.parquet import Parquet
+from trl.scripts.utils import DatasetConfig
 
 from sft_phi3v.recipe import MARKUP, Recipe, TaskArguments
 
@@ -60,10 +64,6 @@ _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "
 _NO_TABLES = ("metadata", "dataset_info", "dataset_infos", "dataset_dict", "state")
 _SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 _URL = re.compile(r"https?://")
-_DOWNLOAD = (
-    "Nothing is downloaded while training. Write this name as `source`, the column as `source_image_column` and a new "
-    "folder as `dataset_name`, then type: python -m sft_phi3v.prepare RECIPE"
-)
 _TEXT = (Value("string"), Value("large_string"))
 _PLAIN = r"^-?(?:0|[1-9]\d{0,17})(?:\.\d+)?(?:e[-+]\d+)?$"  # 00123 and 1E5 are codes
 _CURRENCIES = (
@@ -80,49 +80,34 @@ def load_splits(recipe: Recipe) -> tuple[Dataset, Dataset]:
     """
     Load the rows that a recipe trains on and the held-out rows it is scored on.
 
-    The data set is a Hub id, a folder of Parquet, JSONL or CSV files, a folder of pictures (with `metadata.csv` or
-    `.jsonl`, or one folder per class, whose name becomes the column `label`), a `save_to_disk` folder or one local
-    file. Picture paths in a table count from its folder, or else from the working directory.
+    The data set is a Hub id, a folder of Parquet, JSONL, CSV or WebDataset files, a folder of pictures (with
+    `metadata.csv` or `.jsonl`, or one folder per class, whose name becomes the column `label`), a `save_to_disk` folder
+    or one local file; or several of these (`datasets`). Picture paths in a table count from its folder, or else from
+    the working directory.
 
     Args:
-        recipe ([`~sft_phi3v.recipe.Recipe`]): Its `dataset_*`, `image_column`, `held_out` and `seed` are read.
+        recipe ([`~sft_phi3v.recipe.Recipe`]): Its `dataset_*`, `datasets`, `image_column`, `held_out` and `seed` are
+            read.
 
     Returns:
         `tuple[Dataset, Dataset]`:
-            Train rows and held-out rows, with the source's columns and [`ROW`]. Without a test split in the source the
-            held-out rows are drawn by `seed` alone, so that every process and machine draws the same. Prints which.
+            Train rows and held-out rows, with the source's columns and [`ROW`]. Without a test split in the source (in
+            each of several) the held-out rows are drawn by `seed` alone, so that every process and machine draws the
+            same. Prints which.
 
     Raises:
         ValueError: No such data set, split, column or picture file; pictures that are URLs; no rows.
     """
-    script, task = recipe.script, recipe.task
     check_prepared(recipe)
-    splits, folder = read_source(str(script.dataset_name), recipe)
-    train, test = script.dataset_train_split, script.dataset_test_split
-    asked = [("dataset_train_split", train)]
-    if "dataset_test_split" in recipe.settings:  # TRL's default name need not exist, a name the user wrote must
-        asked.append(("dataset_test_split", test))
-    for key, name in asked:
-        if name not in splits:
-            raise ValueError(f"`{key}` is {name!r}; {script.dataset_name} has the splits {', '.join(splits)}.")
-    if test == train:
-        raise ValueError(f"`dataset_test_split` is the train split {train!r}: scores on learned rows say nothing.")
-    rows = {name: _prepare(splits[name], name, folder, recipe) for name in (train, test) if name in splits}
-    unused = [name for name in splits if name not in rows]
-    if test in rows:
-        _say_held_out(f"split {test!r}", unused)
-        return rows[train], rows[test]
-
-    total = len(rows[train])
-    count = int(task.held_out) if task.held_out >= 1 else max(1, round(task.held_out * total))
-    if count >= total:
-        raise ValueError(
-            f"`held_out` is {task.held_out}, which leaves no train rows: {script.dataset_name} has {total} rows in "
-            f"split {train!r}. Hold out fewer, or name a `dataset_test_split`."
-        )
-    parts = rows[train].train_test_split(test_size=count, seed=recipe.training.seed)
-    _say_held_out(f"{count} of the {total} rows of split {train!r}, seed {recipe.training.seed}", unused)
-    return parts["train"], parts["test"]
+    parts = [load_part(entry, recipe) for entry in data_sets(recipe)]
+    train = join([part.train for part in parts], recipe, counts([len(part.train) for part in parts], recipe))
+    if tests := tests_of(parts):
+        say_held_out(parts, recipe, None)
+        return train, join(tests, recipe)
+    count = held_out_count(len(train), recipe)
+    drawn = train.train_test_split(test_size=count, seed=recipe.training.seed)
+    say_held_out(parts, recipe, f"{count} of the {len(train)} rows of {where_from(recipe)}")
+    return drawn["train"], drawn["test"]
 
 
 def check_prepared(recipe: Recipe) -> None:
@@ -188,13 +173,13 @@ def check_rows(dataset: Dataset, recipe: Recipe) -> None:
         ValueError: Names the first rows that cannot be used, each with its reason, and how many there are.
     """
     if not len(dataset):
-        raise ValueError(f"`dataset_name` {recipe.script.dataset_name}: no rows to check.")
+        raise ValueError(f"{recipe.data}: no rows to check.")
     if ROW not in dataset.column_names:
         dataset = dataset.add_column(ROW, list(range(len(dataset))))
     reader = Reader.of(dataset, recipe)
     problems: list[str] = []
-    unread: list[int] = []
-    marked: list[int] = []
+    unread: list[int | str] = []
+    marked: list[int | str] = []
     for batch in reader.undecoded(dataset).iter(batch_size=256):
         for row in _rows(batch):
             try:
@@ -209,17 +194,17 @@ def check_rows(dataset: Dataset, recipe: Recipe) -> None:
                 problems.append(f"row {row[ROW]}: {error}")
     if problems:
         more = [f"... and {len(problems) - 5} more"] if len(problems) > 5 else []
-        opening = f"{recipe.script.dataset_name} has rows that cannot be used:"
+        opening = f"{recipe.data} has rows that cannot be used:"
         raise ValueError("\n".join([opening, *problems[:5], *more]))
     if unread:
         logger.warning(
-            "%d of %d answers do not read back through `answer` (first: row %d): a field holds the text that ends "
+            "%d of %d answers do not read back through `answer` (first: row %s): a field holds the text that ends "
             "another. They are trained on, but their fields cannot be scored",
             *(len(unread), len(dataset), unread[0]),
         )
     if marked:
         logger.warning(
-            "%d of %d rows hold markup such as <|end|> or <|image_1|> (first: row %d): it is learned as plain text",
+            "%d of %d rows hold markup such as <|end|> or <|image_1|> (first: row %s): it is learned as plain text",
             *(len(marked), len(dataset), marked[0]),
         )
 
@@ -380,30 +365,39 @@ class Reader:
         for template in (prompt, answer):
             template.check_columns(columns)
         if task.image_column not in columns:
-            there = f"there is no such column: {', '.join(columns)}.{_urls(dataset)}"
+            there = f"there is no such column: {', '.join(columns)}.{_urls(dataset, recipe)}"
             raise ValueError(f"`image_column` is {task.image_column!r}, and {there}")
         return cls(prompt, answer, task.image_column)
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns that examples are made of."""
+        return list(dict.fromkeys([*self.answer_columns, *self.prompt.fields, *([self.column] if self.column else [])]))
+
+    @property
+    def answer_columns(self) -> list[str]:
+        """The columns that answers are made of."""
+        return ["messages"] if self.answer is None else list(self.answer.fields)
+
     def undecoded(self, dataset: Dataset) -> Dataset:
         """The columns needed, pictures as `{"bytes", "path"}`: decoding them in here, an error can name the row."""
-        used = ["messages"] if self.answer is None else [*self.prompt.fields, *self.answer.fields]
-        used += [self.column] if self.column else []
-        dataset = dataset.select_columns([*dict.fromkeys(used), ROW]).with_format(None)
+        dataset = dataset.select_columns([*self.columns, ROW]).with_format(None)
         if self.column:
             feature, bare = dataset.features[self.column], Image(decode=False)
             dataset.info.features[self.column] = List(bare) if isinstance(feature, List | LargeList) else bare
         return dataset
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        examples: dict[str, list[Any]] = {"images": [], "messages": [], "row": []}
-        for row in _rows(batch):
-            try:
-                examples["messages"].append(self.messages(row))
-                examples["images"].append([_open(picture) for picture in self.pictures(row)])
-            except ValueError as error:
-                raise ValueError(f"row {row[ROW]}: {error}") from error
-            examples["row"].append(row[ROW])
-        return examples
+        examples = [self.example(row) for row in _rows(batch)]
+        return {key: [example[key] for example in examples] for key in ("images", "messages", "row")}
+
+    def example(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The example that an undecoded row is; a `ValueError` that names the row if it cannot be one."""
+        try:
+            messages = self.messages(row)
+            return {"images": [_open(one) for one in self.pictures(row)], "messages": messages, "row": row[ROW]}
+        except ValueError as error:
+            raise ValueError(f"row {row[ROW]}: {error}") from error
 
     def pictures(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         value = row[self.column] if self.column else None
@@ -494,25 +488,173 @@ def _check_picture(picture: dict[str, Any]) -> None:
         raise ValueError(f"the picture{_named(picture)} cannot be read: {error}") from error
 
 
-def _say_held_out(source: str, unused: list[str]) -> None:
-    rest = f"; not used: {', '.join(unused)} (to score on one, name it: `dataset_test_split`)" if unused else ""
-    from accelerate import PartialState  # brings torch, which processes that only prepare data can do without
-
-    if PartialState().is_main_process:
-        print(f"held out: {source}{rest}", flush=True)
-
-
 def _named(picture: Mapping[str, Any]) -> str:
     return f" {picture['path']}" if picture.get("path") else ""
 
 
-def _urls(dataset: Dataset) -> str:
+def _urls(dataset: Dataset, recipe: Recipe) -> str:
     """A sentence about the columns that hold URLs, where pictures are looked for in vain."""
     texts = [name for name, kind in dataset.features.items() if kind in _TEXT]
     names = [name for name in texts if _URL.match(dataset[name][0] or "")]
-    if not names:
-        return ""
-    return f" Column {names[0]!r} holds URLs. {_DOWNLOAD}"
+    return f" Column {names[0]!r} holds URLs. {_download(names[0], recipe)}" if names else ""
+
+
+def _download(column: str, recipe: Recipe) -> str:
+    """What to do about a column of URLs."""
+    if recipe.mixture.datasets:
+        return "Nothing is downloaded while training: prepare that data set first, with a recipe of its own."
+    return (
+        f"Nothing is downloaded while training. Write into {recipe.path}\n  source: {recipe.script.dataset_name}\n"
+        f"  source_image_column: {column}\n  dataset_name: data/NAME\n"
+        f"and type: python -m sft_phi3v.prepare {recipe.path}"
+    )
+
+
+def data_sets(recipe: Recipe) -> list[DatasetConfig]:
+    """The data sets that a recipe names: its `datasets`, or else `dataset_name` alone."""
+    script = recipe.script
+    alone = DatasetConfig(str(script.dataset_name), script.dataset_config, split=script.dataset_train_split)
+    return recipe.mixture.datasets or [alone]
+
+
+def counts(sizes: Sequence[int], recipe: Recipe) -> list[int]:
+    """
+    How many rows of each data set a mixture takes, its first ones.
+
+    Args:
+        sizes (`Sequence[int]`): How many there are.
+        recipe ([`~sft_phi3v.recipe.Recipe`]): The `fraction` of each of its `datasets` is read as TRL reads it: its
+            share in the mixture, which is as large as it can be without a row in it twice.
+
+    Returns:
+        `list[int]`: Numbers of rows; without fractions, all of them.
+    """
+    fractions = [entry.fraction for entry in data_sets(recipe)]
+    if None in fractions:
+        return list(sizes)
+    weights = [fraction / sum(fractions) for fraction in fractions]
+    total = min(size / weight for size, weight in zip(sizes, weights, strict=True))
+    return [round(weight * total) for weight in weights]
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    One data set that a recipe names.
+
+    Args:
+        train (`Any`): Its train rows: a `Dataset`, or what else stands for them.
+        test (`Dataset`, *optional*): Its test rows, if it has such a split.
+        unused (`list[str]`): Its other splits.
+    """
+
+    train: Any
+    test: Dataset | None
+    unused: list[str]
+
+
+def load_part(entry: DatasetConfig, recipe: Recipe) -> Part:
+    """Load the train and the test split of one data set; a `ValueError` if it cannot be read or used."""
+    splits, folder = _read_entry(entry, recipe)
+    train, test = split_names(list(splits), entry, recipe)
+    for name in (train, test):
+        if name and not len(splits[name]):
+            raise ValueError(f"{entry.path} has no rows in split {name!r}.")
+    return Part(
+        as_rows(splits[train], entry, recipe, folder),
+        as_rows(splits[test], replace(entry, split=test), recipe, folder) if test else None,
+        [name for name in splits if name not in (train, test)],
+    )
+
+
+def split_names(there: Sequence[str], entry: DatasetConfig, recipe: Recipe) -> tuple[str, str | None]:
+    """The train and, if there is one, the test split among those `there`; a `ValueError` if one is missing."""
+    train, test = entry.split, recipe.script.dataset_test_split
+    asked = [("split" if recipe.mixture.datasets else "dataset_train_split", train)]
+    if "dataset_test_split" in recipe.settings:  # TRL's default name need not exist, a name the user wrote must
+        asked.append(("dataset_test_split", test))
+    for key, name in asked:
+        if name not in there:
+            raise ValueError(f"`{key}` is {name!r}; {entry.path} has the splits {', '.join(there)}.")
+    if test == train:
+        raise ValueError(f"`dataset_test_split` is the train split {train!r}: scores on learned rows say nothing.")
+    return train, test if test in there else None
+
+
+def tests_of(parts: Sequence[Part]) -> list[Dataset]:
+    """The test rows of each data set; none unless all have some."""
+    tests = [part.test for part in parts if part.test is not None]
+    return tests if len(tests) == len(parts) else []
+
+
+def where_from(recipe: Recipe) -> str:
+    """Where train rows are from, in words."""
+    return "the mixture" if recipe.mixture.datasets else f"split {recipe.script.dataset_train_split!r}"
+
+
+def held_out_count(total: int, recipe: Recipe) -> int:
+    """How many of `total` train rows are held out; a `ValueError` if that leaves none."""
+    held_out = recipe.task.held_out
+    count = int(held_out) if held_out >= 1 else max(1, round(held_out * total))
+    if count >= total:
+        raise ValueError(
+            f"`held_out` is {held_out}, which leaves no train rows: {recipe.data} has {total} rows in "
+            f"{where_from(recipe)}. Hold out fewer, or name a `dataset_test_split`."
+        )
+    return count
+
+
+def say_held_out(parts: Sequence[Part], recipe: Recipe, drawn: str | None) -> None:
+    """Prints what is held out: rows that were `drawn` from the train rows, or else the test split."""
+    from accelerate import PartialState  # brings torch, which processes that only prepare data can do without
+
+    test, unused = recipe.script.dataset_test_split, list[str]()
+    for entry, part in zip(data_sets(recipe), parts, strict=True):
+        left = [*part.unused, test] if drawn and part.test else part.unused
+        unused += [f"{entry.path}: {name}" if recipe.mixture.datasets else name for name in left]
+    what = f"{drawn}, seed {recipe.training.seed}" if drawn else f"split {test!r}"
+    rest = f"; not used: {', '.join(unused)} (to score on one, name it: `dataset_test_split`)" if unused else ""
+    if PartialState().is_main_process:
+        print(f"held out: {what}{rest}", flush=True)
+
+
+def join(parts: Sequence[Dataset], recipe: Recipe, sizes: Sequence[int] | None = None) -> Dataset:
+    """
+    Make one data set of several. TRL's `get_dataset` would join them before their pictures are of one kind.
+
+    Args:
+        parts (`Sequence[Dataset]`): Rows of each of [`data_sets`].
+        recipe ([`~sft_phi3v.recipe.Recipe`]): Says which columns examples are made of; the others are left out.
+        sizes (`Sequence[int]`, *optional*): How many rows of each, the first ones.
+
+    Returns:
+        `Dataset`: All rows; if there is only one part, this with all of its columns.
+
+    Raises:
+        ValueError: A data set lacks a column, or two differ in the type of one.
+    """
+    if sizes is not None:
+        parts = [
+            rows if size == len(rows) else rows.select(range(size)) for rows, size in zip(parts, sizes, strict=True)
+        ]
+    if len(parts) == 1:
+        return parts[0]
+    chosen, kinds = [], dict[str, tuple[str, Any]]()
+    for entry, rows in zip(data_sets(recipe), parts, strict=True):
+        try:
+            rows = rows.select_columns([*Reader.of(rows, recipe).columns, ROW])
+        except ValueError as error:
+            hint = "Its `columns` say which of its columns are read."
+            raise ValueError(f"`datasets`, {entry.path}: {error} {hint}") from None
+        for name, kind in rows.features.items():
+            path, first = kinds.setdefault(name, (entry.path, kind))
+            if kind != first:
+                raise ValueError(
+                    f"`datasets`: column {name!r} is {first} in {path} and {kind} in {entry.path}. Make them one type, "
+                    "or leave a data set out."
+                )
+        chosen.append(rows)
+    return concatenate_datasets(chosen)
 
 
 def read_source(name: str, recipe: Recipe, *, key: str = "dataset_name") -> tuple[DatasetDict, Path | None]:
@@ -531,22 +673,95 @@ def read_source(name: str, recipe: Recipe, *, key: str = "dataset_name") -> tupl
     Raises:
         ValueError: There is no such source, or it cannot be read.
     """
-    train = recipe.script.dataset_train_split
-    path = Path(name).expanduser()
-    try:
+    script = recipe.script
+    return _read_entry(DatasetConfig(name, script.dataset_config, split=script.dataset_train_split), recipe, key)
+
+
+def _read_entry(entry: DatasetConfig, recipe: Recipe, key: str | None = None) -> tuple[DatasetDict, Path | None]:
+    """As [`read_source`], for one of TRL's `datasets`."""
+    with reading(entry, recipe, key):
+        path = _local(entry)
+        if path is None:
+            loaded = load_dataset(entry.path, entry.name, data_dir=entry.data_dir, data_files=entry.data_files)
+            return _chosen(_webdataset(loaded), entry), None
         if path.is_file():
-            if path.suffix not in _BUILDERS:
-                raise ValueError(f"expected a file of {', '.join(_BUILDERS)}, or a folder")
-            return _read({train: [str(path)]}), path.parent
-        if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            return _chosen(_read({entry.split: [str(path)]}), entry), path.parent
+        if _is_saved(path):
             saved = load_from_disk(str(path))
-            return saved if isinstance(saved, DatasetDict) else DatasetDict({train: saved}), path
-        if path.is_dir():
-            files = _tables(path, recipe)
-            return _read(files) if files else load_dataset(str(path)), path
-        if name.count("/") > 1 or name.startswith(("/", ".", "~")) or path.suffix in _BUILDERS:
-            raise ValueError(f"no such file or folder (paths count from {Path.cwd()})")
-        return _webdataset(load_dataset(name, recipe.script.dataset_config)), None
+            return _chosen(saved if isinstance(saved, DatasetDict) else DatasetDict({entry.split: saved}), entry), path
+        files = _tables(path, entry.split, recipe.script.dataset_test_split)
+        return _chosen(_read(files) if files else load_dataset(str(path)), entry), path
+
+
+def parquet_files(entry: DatasetConfig, recipe: Recipe) -> tuple[dict[str, list[str]], Path | None] | None:
+    """
+    Find the files of a data set that can be streamed.
+
+    Args:
+        entry (`DatasetConfig`): One of [`data_sets`].
+        recipe ([`~sft_phi3v.recipe.Recipe`]): Names the test split.
+
+    Returns:
+        `tuple[dict[str, list[str]], Path | None]`, *optional*:
+            Parquet files by split, and the folder that picture paths in them count from. `None` if it is on this
+            machine and not Parquet.
+
+    Raises:
+        ValueError: There is no such data set, or it is on the Hub and not Parquet.
+    """
+    with reading(entry, recipe):
+        path = _local(entry)
+        files: dict[str, list[str]] = {}
+        if path is not None and path.is_file():
+            files = {entry.split: [str(path)]}
+        elif path is not None and not _is_saved(path):
+            files = _tables(path, entry.split, recipe.script.dataset_test_split)
+        if files or (path is not None and _is_saved(path)):
+            return (
+                (files, path) if all(name.endswith(".parquet") for names in files.values() for name in names) else None
+            )
+        builder = load_dataset_builder(entry.path, entry.name, data_dir=entry.data_dir, data_files=entry.data_files)
+        if isinstance(builder, Parquet):
+            return {str(split): list(map(str, names)) for split, names in builder.config.data_files.items()}, path
+        if path is None:
+            raise ValueError(
+                f"`dataset_streaming` reads Parquet from the Hub, and this is {builder.dataset_name}. Prepare it "
+                "(`source`), or remove `dataset_streaming`"
+            )
+        return None
+
+
+def _local(entry: DatasetConfig) -> Path | None:
+    """The file or folder that a data set is; `None` for a Hub id, or for one of `datasets`' own readers."""
+    path = Path(entry.path).expanduser()
+    if path.exists() and entry.data_dir is None and entry.data_files is None:
+        if path.is_file() and path.suffix not in _BUILDERS:
+            raise ValueError(f"expected a file of {', '.join(_BUILDERS)}, or a folder")
+        return path
+    if entry.path.count("/") > 1 or entry.path.startswith(("/", ".", "~")) or path.suffix in _BUILDERS:
+        raise ValueError(f"no such file or folder (paths count from {Path.cwd()})")
+    return None
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
+
+
+def _chosen(splits: DatasetDict, entry: DatasetConfig) -> DatasetDict:
+    """The splits in the columns that one of `datasets` asks for."""
+    for split, rows in splits.items() if entry.columns is not None else ():
+        if missing := [name for name in entry.columns if name not in rows.column_names]:
+            raise ValueError(f"`columns`: there is no {', '.join(missing)} in {', '.join(rows.column_names)}")
+        splits[split] = rows.select_columns(entry.columns)
+    return splits
+
+
+@contextmanager
+def reading(entry: DatasetConfig, recipe: Recipe, key: str | None = None) -> Iterator[None]:
+    """Turns what goes wrong while a data set is read into a `ValueError` that names it, and the key it comes from."""
+    key, name = key or ("datasets" if recipe.mixture.datasets else "dataset_name"), entry.path
+    try:
+        yield
     except DatasetNotFoundError:
         raise ValueError(
             f"`{key}` is {name!r}: there is no such file or folder in {Path.cwd()}, and the Hub has no such "
@@ -556,15 +771,15 @@ def read_source(name: str, recipe: Recipe, *, key: str = "dataset_name") -> tupl
         raise ValueError(
             f"`{key}` is {name!r}: there is no such file or folder in {Path.cwd()}, so the data set of that "
             "name would be fetched from the Hugging Face Hub, which cannot be reached from here. Where there is a "
-            f"network: hf download {name} --repo-type dataset --local-dir FOLDER, then point `{key}` at FOLDER. "
-            "It must hold the pictures themselves: where its rows hold URLs, make a copy with an `image` column."
+            f"network: hf download {name} --repo-type dataset --local-dir FOLDER, then point `{key}` at FOLDER "
+            "(or `source`, where its rows hold URLs, and prepare it)."
         ) from error
     except (DatasetGenerationError, ValueError, FileNotFoundError) as error:
         reason = "it has no rows" if "corresponds to no data" in str(error) else error.__cause__ or error
         raise ValueError(f"`{key}` is {name!r}: {reason}") from error
 
 
-def _tables(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
+def _tables(folder: Path, train: str, test: str) -> dict[str, list[str]]:
     """
     The table files at the top of a folder (or in its `data/`), by split; none where the folder holds only pictures.
 
@@ -580,8 +795,7 @@ def _tables(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
         files = tables  # beside other tables a .json describes them, most likely
     if len({file.suffix for file in files}) > 1:
         raise ValueError(f"it holds tables of several kinds ({', '.join(file.name for file in files)}): name one")
-    train = recipe.script.dataset_train_split
-    named = [_split_of(file, recipe) for file in files]
+    named = [_split_of(file, train, test) for file in files]
     splits: dict[str, list[str]] = {}
     for name, file in zip(named, files, strict=True):  # without a file for train, those that name no split are train
         other = re.sub(r"\W", "_", file.stem) if train in named else train
@@ -589,9 +803,9 @@ def _tables(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
     return splits
 
 
-def _split_of(file: Path, recipe: Recipe) -> str | None:
+def _split_of(file: Path, train: str, test: str) -> str | None:
     """The split that a file's name says: train-00000-of-00002.parquet, burberry_test.csv, 2024.validation.jsonl."""
-    own = {name.lower(): name for name in (recipe.script.dataset_train_split, recipe.script.dataset_test_split)}
+    own = {name.lower(): name for name in (train, test)}
     whole, letters = (set(re.split(pattern, file.stem.lower())) for pattern in (r"[\W_]+", r"[\W\d_]+"))  # test2: test
     found = (whole & {*own, *_SPLITS}) or (letters & {*own, *_SPLITS})
     if len(found) > 1:
@@ -665,11 +879,28 @@ def _webdataset(splits: DatasetDict) -> DatasetDict:
     return splits
 
 
-def _prepare(dataset: Dataset, split: str, folder: Path | None, recipe: Recipe) -> Dataset:
-    """The rows of one split, numbered, with class names for class numbers and pictures for picture paths."""
-    if not len(dataset):
-        raise ValueError(f"`dataset_name` {recipe.script.dataset_name} has no rows in split {split!r}.")
-    dataset = dataset.add_column(ROW, list(range(len(dataset))))
+def as_rows(dataset: Dataset, entry: DatasetConfig, recipe: Recipe, folder: Path | None, *, first: int = 0) -> Dataset:
+    """
+    Number rows, and put class names for class numbers and pictures for picture paths.
+
+    Args:
+        dataset (`Dataset`): Rows as they stand in the source.
+        entry (`DatasetConfig`): The data set they are from.
+        recipe ([`~sft_phi3v.recipe.Recipe`]): Its `image_column` is read.
+        folder (`Path`, *optional*): Where picture paths count from, besides the working directory.
+        first (`int`, *optional*, defaults to 0): The number of the first row.
+
+    Returns:
+        `Dataset`: The rows, with [`ROW`]: a number, in a mixture with the data set before it (`data/coats:17`).
+
+    Raises:
+        ValueError: A picture file does not exist, or is no file but a URL.
+    """
+    numbers: Any = range(first, first + len(dataset))
+    if recipe.mixture.datasets:
+        label = ":".join(part for part in (entry.path, entry.name, entry.split) if part and part != "train")
+        numbers = [f"{label}:{number}" for number in numbers]
+    dataset = dataset.add_column(ROW, list(numbers))
     for name, kind in dataset.features.items():
         if isinstance(kind, ClassLabel):  # {label} in `answer` should read "coat", not 3; -1 stands for none
             values = [kind.int2str(value) if value is not None and value >= 0 else None for value in dataset[name]]
@@ -681,32 +912,33 @@ def _prepare(dataset: Dataset, split: str, folder: Path | None, recipe: Recipe) 
     column = recipe.task.image_column
     if "messages" in dataset.column_names and "images" in dataset.column_names:
         column = "images"
-    return _with_pictures(dataset, column, folder) if column in dataset.column_names else dataset
+    return _with_pictures(dataset, column, recipe, folder) if column in dataset.column_names else dataset
 
 
-def _with_pictures(dataset: Dataset, column: str, folder: Path | None) -> Dataset:
+def _with_pictures(dataset: Dataset, column: str, recipe: Recipe, folder: Path | None) -> Dataset:
     feature = dataset.features[column]
     many = isinstance(feature, List | LargeList)
-    kind = feature.feature if many else feature
+    kind, pictures = (feature.feature if many else feature), (List(Image()) if many else Image())
     if isinstance(kind, Image):
         return dataset
     if kind in _TEXT:
-        found = [_found(value, folder, f"row {row}, column {column!r}") for row, value in enumerate(dataset[column])]
-        dataset = dataset.remove_columns(column).add_column(column, found)
-    elif not (isinstance(kind, dict) and "bytes" in kind) and kind not in (Value("binary"), Value("large_binary")):
+        values = zip(dataset[ROW], dataset[column], strict=True)
+        found = [_found(value, column, recipe, folder, f"row {row}, column {column!r}") for row, value in values]
+        return dataset.remove_columns(column).add_column(column, found, feature=pictures)
+    if not (isinstance(kind, dict) and "bytes" in kind) and kind not in (Value("binary"), Value("large_binary")):
         raise ValueError(f"`image_column` {column!r} holds {kind}, expected pictures or paths of picture files.")
-    return dataset.cast_column(column, List(Image()) if many else Image())
+    return dataset.cast_column(column, pictures)
 
 
-def _found(value: Any, folder: Path | None, where: str) -> Any:
-    """The path of a picture file, or of each in a list, as it can be opened from here."""
+def _found(value: Any, column: str, recipe: Recipe, folder: Path | None, where: str) -> Any:
+    """A picture file, or each of a list, as the `Image` feature has it: with a path that can be opened from here."""
     if isinstance(value, list):
-        return [_found(one, folder, where) for one in value]
+        return [_found(one, column, recipe, folder, where) for one in value]
     if value is None:
         return None
     if _URL.match(value):
-        raise ValueError(f"{where} holds the URL {value}. {_DOWNLOAD}")
+        raise ValueError(f"{where} holds the URL {value}. {_download(column, recipe)}")
     for path in (folder / value if folder else Path(value), Path(value)):
         if path.is_file():
-            return str(path.absolute())
+            return {"bytes": None, "path": str(path.absolute())}
     raise ValueError(f"{where}: no picture file {value!r}, neither in {folder or Path.cwd()} nor in {Path.cwd()}.")

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ import yaml
 
 from sft_phi3v.catalogue import write_catalogue
 from sft_phi3v.recipe import load_recipe
-from sft_phi3v.samples import FORMS, Planted, Server, source_path, write_source
+from sft_phi3v.samples import FAULTS, FORMS, Planted, Server, source_path, write_source
 
 RECIPE = "recipes/tiny.yaml"
 PORT = 8765  # always the same: the URLs in a table that was served before still hold
@@ -128,9 +129,13 @@ def rehearse(form: str, output_dir: str, *, serve: bool = False, **options: Any)
         print(what_next(form, output_dir, planted, options, server.url if server else None), flush=True)
         if server:
             try:
-                threading.Event().wait()
+                _wait()
             except KeyboardInterrupt:
                 print(f"\n{server.requests:,} requests, at most {server.peak:,} at once; {server.bytes / 1e6:,.1f} MB")
+
+
+def _wait() -> None:
+    threading.Event().wait()
 
 
 def what_next(form: str, output_dir: str, planted: list[Planted], options: dict[str, Any], url: str | None) -> str:
@@ -176,10 +181,11 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> _Parser:
     forms = "\n".join(f"  {name:<14} {form.what}" for name, form in FORMS.items())
+    faults = textwrap.fill(", ".join(FAULTS), 78, initial_indent="  ", subsequent_indent="  ")
     parser = _Parser(
         prog="python -m sft_phi3v.demo",
         description="Without arguments: the whole job at toy size. With --source: data to rehearse `prepare` on.",
-        epilog=f"forms:\n{forms}",
+        epilog=f"forms:\n{forms}\n\nfaults, as far as a form has a place for them:\n{faults}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

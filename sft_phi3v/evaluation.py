@@ -16,6 +16,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ from sft_phi3v.collator import Collator
 from sft_phi3v.data import ROW, Template, number, to_examples
 from sft_phi3v.model import load_model
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
-from sft_phi3v.preview import prepare
+from sft_phi3v.preview import prepare, print_once
 from sft_phi3v.recipe import RESUMABLE, Recipe, check_machine, differences, load_recipe
+from sft_phi3v.streaming import Stream
 
 WITHIN = 0.10
+STREAMED = 100_000  # most answers of a stream that the baseline is made of
 # What may differ from the recipe that was trained: none of it changes what is scored against what.
 RESCORABLE = re.compile(rf"eval_rows|max_new_tokens|use_cpu|bf16|fp16|dtype|{RESUMABLE.pattern}")
 
@@ -239,15 +242,17 @@ class Scorer:
         Returns:
             `dict`: As `score`.
         """
-        parsed = [found for answer in train_answers if (found := self.parse(answer)) is not None]
+        texts: dict[str, Counter[str]] = {field: Counter() for field in self.fields}
+        for answer in train_answers:
+            for field, text in (self.parse(answer) or {}).items():
+                texts[field][text] += 1
         guess: dict[str, str | None] = {}
-        for field in self.fields:
-            texts = [found[field] for found in parsed]
-            numbers = [value for text in texts if (value := _number(text)) is not None]
+        for field, found in texts.items():
+            numbers = [value for text in found.elements() if (value := _number(text)) is not None]
             if field in self.numeric:
                 guess[field] = str(statistics.median(numbers)) if numbers else None
             else:
-                guess[field] = Counter(texts).most_common(1)[0][0] if texts else None
+                guess[field] = found.most_common(1)[0][0] if found else None
         pairs = [self.parse(reference) or {} for reference in references]
         return {
             "rows": len(references),
@@ -284,11 +289,11 @@ class Evaluation:
     Args:
         recipe ([`Recipe`]): Says how many rows, how long a completion, and where the files go.
         processor ([`Phi3VProcessor`]): The model's processor.
-        train_rows (`Dataset`): Training rows, for the baseline.
+        train_rows (`Dataset` or [`Stream`]): Training rows, for the baseline.
         held_out_rows (`Dataset`): Held-out rows; `eval_rows` of them, drawn by `seed`, are scored.
     """
 
-    def __init__(self, recipe: Recipe, processor: Phi3VProcessor, train_rows: Dataset, held_out_rows: Dataset):
+    def __init__(self, recipe: Recipe, processor: Phi3VProcessor, train_rows: Dataset | Stream, held_out_rows: Dataset):
         self.recipe, self.processor = recipe, processor
         self.folder = Path(str(recipe.training.output_dir))
         wanted = recipe.task.eval_rows
@@ -300,7 +305,7 @@ class Evaluation:
         self.rows = list(held_out_rows[ROW])
         self.references = answers(held_out_rows, recipe)
         self.scorer = Scorer(recipe.task.answer, self.references)
-        baseline = self.scorer.baseline(answers(train_rows, recipe), self.references)
+        baseline = self.scorer.baseline(_train_answers(train_rows, recipe), self.references)
         self.metrics: dict[str, Any] = {"baseline": baseline}
         self.completions: dict[str, list[Completion]] = {}
 
@@ -461,6 +466,14 @@ def answers(rows: Dataset, recipe: Recipe) -> list[str]:
         return [_text_of(messages[-1]) for messages in rows["messages"]]
     template = Template(recipe.task.answer)
     return [template.render(row) for row in rows.select_columns(list(template.fields))]
+
+
+def _train_answers(rows: Dataset | Stream, recipe: Recipe) -> Iterable[str]:
+    if isinstance(rows, Dataset):
+        return answers(rows, recipe)
+    if len(rows) > STREAMED:
+        print_once(f"baseline: of {STREAMED:,} of the {len(rows):,} rows to train on.")
+    return islice(chain.from_iterable(answers(some, recipe) for some in rows.texts()), STREAMED)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sft_phi3v.collator import IGNORED, Collator, Lengths
 from sft_phi3v.data import check_rows, load_splits, to_examples
 from sft_phi3v.model import load_processor
 from sft_phi3v.recipe import Recipe, check_machine, check_output_dir, load_recipe
+from sft_phi3v.streaming import Stream, load_stream
 
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 
@@ -55,9 +57,9 @@ def fitting(rows: Dataset, recipe: Recipe, collator: Collator) -> tuple[Dataset,
     return rows.select(kept), [lengths[index] for index in kept]
 
 
-def data_table(train: Sequence[Lengths], held_out_rows: int) -> str:
+def data_table(train: Sequence[Lengths], train_rows: int, held_out_rows: int) -> str:
     """Rows, and the smallest, middle and largest numbers of tokens per training row."""
-    lines = [f"rows: {len(train):,} to train on, {held_out_rows:,} held out"]
+    lines = [f"rows: {train_rows:,} to train on, {held_out_rows:,} held out"]
     for label, key in (("tokens", "tokens"), ("of pictures", "image_tokens"), ("supervised", "supervised")):
         counts = [getattr(found, key) for found in train]
         middle = statistics.median_low(counts)
@@ -104,32 +106,48 @@ def print_once(text: str) -> None:
         print(text, flush=True)
 
 
-def prepare(recipe: Recipe) -> tuple[Collator, Dataset, Dataset]:
+def prepare(recipe: Recipe) -> tuple[Collator, Dataset | Stream, Dataset]:
     """
-    Reads and checks everything that costs no GPU time, and shows it.
+    Reads and checks everything that costs no GPU time, and shows it. Of a stream it reads the first rows; the others
+    are checked when they come.
 
     Args:
         recipe ([`Recipe`]): The recipe.
 
     Returns:
-        `tuple[Collator, Dataset, Dataset]`: The collator; the rows to train on; the held-out rows.
+        `tuple[Collator, Dataset | Stream, Dataset]`: The collator; the rows to train on; the held-out rows.
 
     Raises:
         ValueError: If any row cannot be used, with the row, the reason and the remedy.
     """
-    train, held_out = load_splits(recipe)
+    stream = None
+    if recipe.script.dataset_streaming:
+        stream, held_out = load_stream(recipe)
+        train = stream.sample()
+        print_once(f"streaming: looked at here are the first {len(train):,} of {len(stream):,} rows to train on.")
+    else:
+        train, held_out = load_splits(recipe)
     collator = Collator(load_processor(recipe), recipe.training.max_length, recipe.training.pad_to_multiple_of)
     for rows in (train, held_out):
         check_rows(rows, recipe)
     train, lengths = fitting(train, recipe, collator)
     held_out, _ = fitting(held_out, recipe, collator)
-    print_once(f"\n{data_table(lengths, len(held_out))}\n")
+    total = len(train) if stream is None else len(stream)
+    print_once(f"\n{data_table(lengths, total, len(held_out))}\n")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     legend = "green is supervised" if colour else "⟦supervised⟧"
     example = to_examples(train, recipe)[0]
     print_once(f"row {example['row']} as the model reads it ({legend}):")
     print_once(f"{masked_example(example, collator, colour=colour)}\n")
-    return collator, train, held_out
+    if stream is None:
+        return collator, train, held_out
+    if recipe.task.overlong == "drop" and collator.max_length is not None:
+        stream.fits = partial(_fits, collator)
+    return collator, stream, held_out
+
+
+def _fits(collator: Collator, example: dict[str, Any]) -> bool:
+    return collator.fits(collator.lengths(example))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -144,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         ("machine", lambda: check_machine(recipe)),
         ("output_dir", lambda: check_output_dir(recipe)),
         ("model_name_or_path", lambda: load_processor(recipe) and None),
-        ("dataset_name", lambda: load_splits(recipe) and None),
+        ("dataset_name", lambda: (load_stream if recipe.script.dataset_streaming else load_splits)(recipe) and None),
     ):
         try:
             check()
@@ -166,7 +184,7 @@ def _name(recipe: Recipe, need: str) -> str:
         "machine": "CPU" if recipe.training.use_cpu else str(PartialState().device),
         "output_dir": str(Path(str(recipe.training.output_dir))),
         "model_name_or_path": str(recipe.model.model_name_or_path),
-        "dataset_name": str(recipe.script.dataset_name),
+        "dataset_name": recipe.data,
     }
     return names[need]
 

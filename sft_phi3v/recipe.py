@@ -1,6 +1,7 @@
 """A recipe is one flat YAML file that fixes one run: the model, the data, the training and where the result goes.
 
-Every key is a field of TRL's `ScriptArguments`, `ModelConfig` or `SFTConfig`, or one of our own in [`TaskArguments`]
+Every key is a field of TRL's `ScriptArguments`, `ModelConfig` or `SFTConfig`, `datasets` (a mixture, as TRL's
+`DatasetMixtureConfig` has it), or one of our own in [`TaskArguments`]
 and [`PrepareArguments`]. The command line overrides the file, so this trains the Burberry recipe with four crops per
 picture:
 
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 import yaml
 
 if TYPE_CHECKING:  # torch and trl take seconds to import: not for `--help`
-    from trl import ModelConfig, ScriptArguments, SFTConfig
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 
 @dataclass
@@ -226,8 +227,9 @@ REFUSED: dict[str, str] = {
     "chat_template_path": _OWN,
     "eos_token": _OWN,
     "pad_token": _OWN,
-    "dataset_streaming": "streaming is not supported yet: the held-out split and the checks need every row",
     "model_init_kwargs": "write `dtype`, `attn_implementation` and `model_revision` instead",
+    "streaming": "write `dataset_streaming`, which goes for `datasets` too",
+    "test_split_size": "write `held_out`",
     "remove_unused_columns": "a row becomes an example only when it is read, so its columns must stay",
     "truncation_mode": "a row is never cut: see `max_length` and `overlong`",
     "trust_remote_code": "the model is native here and runs no code from the Hub",
@@ -256,6 +258,7 @@ class Recipe:
         training ([`~trl.SFTConfig`]): Training, evaluation, tracking, output.
         task ([`TaskArguments`]): Our own keys.
         prepare ([`PrepareArguments`]): Our own keys about making the data set.
+        mixture ([`~trl.DatasetMixtureConfig`]): Its `datasets`, where the rows come from several; else it is empty.
         settings (`dict[str, Any]`):
             The keys as the file and the command line gave them, checked and converted, [`DEFAULTS`], and in any case
             our own keys, the seed and LoRA's size. What is not here has TRL's default.
@@ -267,6 +270,7 @@ class Recipe:
     training: "SFTConfig" = field(repr=False)  # its repr shows hub_token
     task: TaskArguments
     prepare: PrepareArguments
+    mixture: "DatasetMixtureConfig"
     settings: dict[str, Any] = field(repr=False)
     path: str = field(compare=False)
 
@@ -275,6 +279,11 @@ class Recipe:
         """`resume_from_checkpoint` as `Trainer.train` wants it: `"true"` means the last checkpoint in `output_dir`."""
         given = self.training.resume_from_checkpoint
         return {"true": True, "false": None}.get(given.lower(), given) if given else None
+
+    @property
+    def data(self) -> str:
+        """What the rows come from, in words: `dataset_name`, or the paths of `datasets`."""
+        return ", ".join(entry.path for entry in self.mixture.datasets) or str(self.script.dataset_name)
 
     def dump(self) -> dict[str, Any]:
         """
@@ -334,11 +343,12 @@ def load_recipe(argv: list[str]) -> Recipe:
     written = _read_yaml(path)
 
     from transformers.utils import is_torch_bf16_gpu_available
-    from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-    parts: Any = (ScriptArguments, ModelConfig, SFTConfig, TaskArguments, PrepareArguments)
+    parts: Any = (ScriptArguments, ModelConfig, SFTConfig, TaskArguments, PrepareArguments, DatasetMixtureConfig)
     kinds = {name: kind for part in parts for name, kind in get_type_hints(part).items()}
     kinds["lora_target_modules"] = str | list[str] | None  # a pattern too, as TRL documents and its annotation forgets
+    kinds["datasets"] = list[dict[str, Any]]  # as a file has them
     known = {item.name: (kinds[item.name], item) for part in parts for item in fields(part) if item.init}
 
     problems: list[str] = []
@@ -354,17 +364,21 @@ def load_recipe(argv: list[str]) -> Recipe:
             except ValueError as error:
                 problems.append(f"{source}: {error}")
     if not problems:
-        problems += [f"{path}: `{key}` is missing: a recipe names it." for key in _REQUIRED if not settings.get(key)]
+        missing = [
+            key for key in _REQUIRED if not settings.get(key) and not (key == "dataset_name" and "datasets" in settings)
+        ]
+        problems += [f"{path}: `{key}` is missing: a recipe names it." for key in missing]
         problems += [f"{path}: {problem}" for problem in _conflicts(settings, known)]
     if problems:
         raise ValueError("\n".join(problems))
 
     os.environ.update({name: str(value) for name, value in env.items()})
     values = {key: value for key, value in settings.items() if key != "env"}
+    values["datasets"] = list(settings.get("datasets", []))  # TRL makes objects of its mappings, in place
     if _wants_bf16(values) and not is_torch_bf16_gpu_available():
         values["use_cpu"] = True  # SFTConfig would raise here, on every machine that only looks at the recipe
     try:
-        script, model, training, task, prepare = TrlParser(parts).parse_dict(values)
+        script, model, training, task, prepare, mixture = TrlParser(parts).parse_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # ModelConfig makes text of a list of one name, which PEFT then takes for a pattern that must match the whole path.
@@ -374,7 +388,7 @@ def load_recipe(argv: list[str]) -> Recipe:
         settings |= {key: getattr(model, key) for key in ("lora_r", "lora_alpha", "lora_dropout")}
     else:
         del settings["adapt"]  # without adapters it says nothing, and is refused
-    return Recipe(script, model, training, task, prepare, settings, path)
+    return Recipe(script, model, training, task, prepare, mixture, settings, path)
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -511,8 +525,8 @@ def help_text() -> str:
             lines.append(f"  --{item.name} ({json.dumps(default)})\n      {item.metadata['help']}")
     lines += [
         "",
-        "All other keys are TRL's: ScriptArguments (dataset_*), ModelConfig (model, quantisation, LoRA) and SFTConfig",
-        "(training): https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig",
+        "All other keys are TRL's: ScriptArguments (dataset_*), DatasetMixtureConfig (datasets), ModelConfig (model,",
+        "quantisation, LoRA) and SFTConfig (training): https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig",
     ]
     return "\n".join(lines)
 
@@ -606,7 +620,33 @@ def _checked(key: Any, value: Any, known: Mapping[str, Any], *, typed: bool) -> 
         elif isinstance(value, int | float) and str in (kind, *get_args(kind)) and not choices:
             hint = f" Put it in quotes: '{str(value).lower()}'."
         raise ValueError(f"`{key}` is {shown!r}, expected {_in_words(kind, choices)}.{hint}") from None
-    return fitted
+    return _checked_datasets(fitted) if key == "datasets" else fitted
+
+
+def _checked_datasets(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The data sets of a mixture, the keys of each held against TRL's `DatasetConfig`."""
+    from trl.scripts.utils import DatasetConfig
+
+    if not entries:
+        raise ValueError("`datasets` is empty: list data sets, such as {path: data/coats}, or write `dataset_name`.")
+    kinds = get_type_hints(DatasetConfig)
+    known = {item.name: (kinds[item.name], item) for item in fields(DatasetConfig)}
+    checked = []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            for key in entry:
+                if key not in known:
+                    raise ValueError(f"`{key}` is not one of its keys, which are {', '.join(known)}.")
+            checked.append({key: _checked(key, found, known, typed=False) for key, found in entry.items()})
+            if not entry.get("path"):
+                raise ValueError("`path` is missing: a Hub id, a file or a folder.")
+            if (entry.get("fraction") or 0) < 0 or entry.get("fraction") == 0:
+                raise ValueError(f"`fraction` is {entry['fraction']}, expected a number above 0.")
+        except ValueError as error:
+            raise ValueError(f"`datasets`, number {number}: {error}") from None
+    if len({entry.get("fraction") is None for entry in checked}) > 1:
+        raise ValueError("`datasets`: some have a `fraction` and some have not. Give it to all of them or to none.")
+    return checked
 
 
 class _Misfit(Exception):
@@ -712,6 +752,20 @@ def _conflicts(settings: dict[str, Any], known: Mapping[str, Any]) -> Iterator[s
     for key in ("prompt", "answer"):
         if markup := MARKUP.search(settings.get(key) or ""):
             yield f"`{key}` holds {markup[0]}: the picture and the turns are added for you. Remove {markup[0]}."
+    if "datasets" in settings:
+        for key, instead in {
+            "dataset_name": "keep one of them",
+            "dataset_config": "write `name` into each of `datasets`",
+            "dataset_train_split": "write `split` into each of `datasets`",
+            "source": "prepare each data set with a recipe of its own, and list the folders",
+        }.items():
+            if settings.get(key) is not None:
+                yield f"`datasets` and `{key}` are both given: {instead}."
+    if settings.get("dataset_streaming"):
+        if settings.get("train_sampling_strategy") == "batch_rebalance":
+            yield "`train_sampling_strategy: batch_rebalance` needs every row's length: remove `dataset_streaming`."
+        if settings.get("auto_find_batch_size"):
+            yield "`auto_find_batch_size` with `dataset_streaming: true`: rows are shared out by the batch. Remove it."
     if "report_to" in settings and settings["report_to"] is None:
         yield "`report_to` is null. Write none (in words) for no tracker."
 

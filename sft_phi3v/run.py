@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
@@ -22,7 +24,8 @@ from sft_phi3v.evaluation import Evaluation, write_whole
 from sft_phi3v.model import landing_table, load_model, lora_config
 from sft_phi3v.prepare import prepare as prepare_data
 from sft_phi3v.preview import prepare, print_once
-from sft_phi3v.recipe import Recipe, check_machine, check_output_dir, load_recipe
+from sft_phi3v.recipe import Recipe, check_machine, check_output_dir, differences, load_recipe
+from sft_phi3v.streaming import Passing, Resume, Stream
 
 
 def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
@@ -45,17 +48,20 @@ def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
             if PartialState().is_main_process and not Path(str(recipe.script.dataset_name)).expanduser().exists():
                 prepare_data(recipe)
     collator, train_rows, held_out_rows = prepare(recipe)
+    if isinstance(train_rows, Stream) and recipe.resume:
+        _check_shares(recipe)
     model = load_model(recipe)
     # TRL and PEFT still ask under the name that transformers has moved on from.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     trainer = Trainer(
         model=model,
         args=recipe.training,
-        train_dataset=to_examples(train_rows, recipe),
+        train_dataset=train_rows if isinstance(train_rows, Stream) else to_examples(train_rows, recipe),
         eval_dataset=to_examples(held_out_rows, recipe),
-        data_collator=collator,
+        data_collator=Passing(collator),
         processing_class=collator.processor,
         peft_config=lora_config(recipe, model),
+        callbacks=[Resume()],
     )
     # TRL turns the adapter of a quantised model into bfloat16, but PEFT reads a checkpoint back as float32: a resumed
     # run would go on in another precision than the one that was cut. Small updates need float32 in any case.
@@ -85,6 +91,10 @@ def train(recipe: Recipe, trainer: "Trainer", evaluation: Evaluation) -> None:
     trainer.train(resume_from_checkpoint=recipe.resume)
     trainer.save_model()
     trainer.save_state()
+    if isinstance(trainer.train_dataset, Stream) and trainer.train_dataset.fits:
+        left_out = sum(gather_object([int(trainer.train_dataset.left_out.sum())]))
+        limit = f"more than {recipe.training.max_length} tokens"
+        print_once(f"overlong: {left_out} rows of the last epoch have {limit}: left out, others came twice instead.")
     evaluation.run("after", trainer.model)
     evaluation.run("after_shuffled", trainer.model, shuffled=True)
     evaluation.write()
@@ -98,6 +108,10 @@ class Trainer(SFTTrainer):
 
     A mean of batch means would move with the evaluation batch size, and weigh a three-token answer like a long one.
     """
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        stream = dataloader.dataset  # it has the length of this process's share
+        return stream.num_shards if isinstance(stream, Stream) else super().num_examples(dataloader)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
@@ -118,6 +132,20 @@ class Trainer(SFTTrainer):
         # gather_for_metrics drops the rows that were repeated to fill the last batch of all processes.
         self._sums += self.accelerator.gather_for_metrics(rows.contiguous()).sum(dim=0)
         return rows[:, 0].sum() / rows[:, 2].sum().clamp(min=1), None, None
+
+
+def _check_shares(recipe: Recipe) -> None:
+    """Refuses to go on with a stream that would be shared out in another way: rows would come twice, or not at all."""
+    folder = Path(recipe.resume).parent if isinstance(recipe.resume, str) else Path(str(recipe.training.output_dir))
+    changed = {"dataloader_num_workers", "per_device_train_batch_size"} & {*differences(folder / "recipe.yaml", recipe)}
+    environment, processes = folder / "environment.json", PartialState().num_processes
+    if environment.is_file() and json.loads(environment.read_text(encoding="utf-8"))["processes"] != processes:
+        changed.add("the number of processes")
+    if changed:
+        raise ValueError(
+            f"`resume_from_checkpoint` with `dataset_streaming`: rows are shared out by {', '.join(sorted(changed))}, "
+            "which changed. Put this back as it was, or start a new run in a fresh folder (--output_dir ...)."
+        )
 
 
 def _save_environment(recipe: Recipe) -> None:

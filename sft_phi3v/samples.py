@@ -17,6 +17,7 @@ import functools
 import io
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -679,12 +680,12 @@ class Server:
         self.folder, self.latency = Path(folder), latency
         self.requests = self.bytes = self.peak = self._under_way = 0
         self.seen = Counter[str]()
+        if not 0 <= port <= 65535:
+            raise ValueError(f"port is {port}, expected a number from 0 to 65535.")
         try:
             self._socket = socket.create_server(("127.0.0.1", port), backlog=1024)
-        except (OSError, OverflowError) as error:
-            raise ValueError(
-                f"port {port} cannot be listened on: {getattr(error, 'strerror', None) or error}."
-            ) from None
+        except OSError as error:
+            raise ValueError(f"port {port} cannot be served on: {os.strerror(error.errno or 0)}.") from None
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
 
     def __enter__(self) -> "Server":
@@ -771,9 +772,9 @@ class Server:
         return True
 
     async def _write(self, writer: asyncio.StreamWriter, data: bytes) -> None:
+        self.bytes += len(data)
         writer.write(data)
         await writer.drain()
-        self.bytes += len(data)
 
 
 _REDIRECTS = {

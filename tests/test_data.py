@@ -314,7 +314,7 @@ def shop(tmp_path):
         ({"name": "missing.csv"}, ["no such file or folder"]),
         ({"name": "recipe.yaml"}, ["expected a file of .parquet, .jsonl, .json, .csv"]),
         ({"name": "DBQ/Burberry"}, ["'DBQ/Burberry'", "would be fetched from the", "cannot be reached",
-          "where its rows hold URLs, make a copy with an `image` column"]),
+          "(or `source`, where its rows hold URLs, and prepare it)"]),
         ({"answer": "Product: title"}, ["`answer` is 'Product: title', the same for every row", "as in {title}"]),
     ],
 )  # fmt: skip
@@ -326,7 +326,10 @@ def test_a_wrong_key_is_named(keys, words):
 def test_urls_are_not_pictures(tmp_path):
     table = [{"imageurl": f"https://shop/{k}.jpg", "title": "a", "full_price": 1} for k in range(4)]
     write_table(tmp_path / "rows.csv", table)
-    assert "Column 'imageurl' holds URLs. Nothing is downloaded" in error_of(loaded)
+    message = error_of(loaded)
+    assert "Column 'imageurl' holds URLs. Nothing is downloaded" in message
+    told = ("source: rows.csv\n", "source_image_column: imageurl\n", "dataset_name: data/NAME\n", "prepare recipe.yaml")
+    assert all(line in message for line in told)
     message = error_of(lambda: loaded(image_column="imageurl"))
     assert "row 0, column 'imageurl' holds the URL https://shop/0.jpg" in message
 

@@ -21,6 +21,7 @@ LAYERS = [
     ["phi3_v"],
     ["recipe", "catalogue", "fetch", "splitting"],
     ["data", "collator", "model", "pictures", "samples"],
+    ["streaming"],
     ["prepare", "preview"],
     ["evaluation"],
     ["run"],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from trl import ModelConfig, ScriptArguments, SFTConfig
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from sft_phi3v.recipe import (
     DEFAULTS,
@@ -28,7 +28,8 @@ from sft_phi3v.recipe import (
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 MINIMAL = "model_name_or_path: m\ndataset_name: d\noutput_dir: out\nuse_cpu: true\nbf16: false\n"
-TRL_KEYS = {field.name for part in (ScriptArguments, ModelConfig, SFTConfig) for field in dataclasses.fields(part)}
+TRL_PARTS = (ScriptArguments, ModelConfig, SFTConfig, DatasetMixtureConfig)
+TRL_KEYS = {field.name for part in TRL_PARTS for field in dataclasses.fields(part)}
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +174,21 @@ def test_what_a_file_may_say(line, key, value):
         ("packing: true", "`packing: True` is refused: a picture's tokens"),
         ("assistant_only_loss: true", "is refused: the collator supervises"),
         ("completion_only_loss: false", "is refused: the collator supervises"),
-        ("dataset_streaming: true", "is refused: streaming is not supported yet"),
+        ("streaming: true", "is refused: write `dataset_streaming`, which goes for `datasets` too"),
+        ("test_split_size: 0.1", "is refused: write `held_out`"),
+        ("dataset_streaming: true\nauto_find_batch_size: true", "rows are shared out by the batch"),
+        (
+            "dataset_streaming: true\ntrain_sampling_strategy: batch_rebalance",
+            "needs every row's length: remove `dataset_streaming`.",
+        ),
+        ("datasets: [{path: a}]", "`datasets` and `dataset_name` are both given: keep one of them."),
+        ("datasets: a", "`datasets` is 'a', expected a list of a mapping."),
+        ("datasets: []", "`datasets` is empty: list data sets, such as {path: data/coats}, or write `dataset_name`."),
+        ("datasets: [{path: a}, {split: b}]", "`datasets`, number 2: `path` is missing"),
+        ("datasets: [{path: a, weight: 2}]", "`datasets`, number 1: `weight` is not one of its keys, which are path,"),
+        ("datasets: [{path: a, columns: 3}]", "number 1: `columns` is 3, expected a list of text or null."),
+        ("datasets: [{path: a, fraction: 0}]", "`fraction` is 0, expected a number above 0."),
+        ("datasets: [{path: a, fraction: 1}, {path: b}]", "Give it to all of them or to none."),
         ("dataset_text_field: caption", "is refused: what the model reads is said by `prompt` and `answer`"),
         ("remove_unused_columns: true", "is refused"),
         ("load_in_4bit: true\nload_in_8bit: true\nuse_peft: true\ndtype: bfloat16", "are both true. Keep one."),
@@ -199,6 +214,20 @@ def test_what_a_file_may_say(line, key, value):
 def test_what_a_file_may_not_say(line, words):
     message = refused(line, base=MINIMAL.replace("bf16: false\n", "") if "bf16" in line else MINIMAL)
     assert words in message and "\n" not in message.split(" is not valid YAML")[0].split(" --load_best")[0], message
+
+
+def test_a_mixture_names_its_data_sets():
+    base = MINIMAL.replace("dataset_name: d\n", "")
+    text = "datasets: [{path: a, fraction: 0.7}, {path: b, split: fit, columns: [c], fraction: 0.3}]\n"
+    recipe = load(text, base=base)
+    assert [(one.path, one.split, one.columns, one.fraction) for one in recipe.mixture.datasets] == [
+        ("a", "train", None, 0.7),
+        ("b", "fit", ["c"], 0.3),
+    ]
+    assert load_recipe([str(recipe.save("out"))]) == recipe
+    assert load("", "--datasets", "[{path: a}]", base=base).mixture.datasets[0].path == "a"
+    for key in ("dataset_config", "dataset_train_split", "source"):
+        assert f"`datasets` and `{key}` are both given" in refused(text + f"{key}: x\n", base=base)
 
 
 def test_several_mistakes_are_told_at_once():
