@@ -57,6 +57,8 @@ PICTURES = "__pictures__"
 # Reasons that another attempt may not meet; the others are properties of the row.
 FETCHING = re.compile(r"http_\d+|timeout|connection|redirects|address|content_type|too_large|no_file")
 
+Run = Callable[..., Iterator[tuple[int, Any]]]  # what `_engine` gives
+
 _PICTURE_FIELDS = {
     "picture": pa.string(),  # URL or path, as the source has it
     "sha256": pa.string(),
@@ -645,12 +647,13 @@ def prepare(recipe: Recipe) -> dict[str, Any]:
             if not target.exists() and (work / "old").is_dir():
                 (work / "old").rename(target)  # a run was killed between the two renames at its very end
             jobs = _jobs(recipe, work)
-            files = _check(jobs, settings)
             before = _earlier(target, recipe)
-            decision = decide(jobs, files, recipe, before)
             fresh = work / "new"
             shutil.rmtree(fresh, ignore_errors=True)
-            splits = _write_shards(jobs, files, decision, fresh, recipe)
+            with _engine(settings, sum(-(-len(job.rows) // BLOCK) for job in jobs)) as run:
+                files = _check(jobs, run)
+                decision = decide(jobs, files, recipe, before)
+                splits = _write_shards(jobs, files, decision, fresh, recipe, run)
             _write_manifest(jobs, files, decision, fresh / "manifest.parquet")
             summary = _summary(jobs, fresh / "manifest.parquet", splits, decision)
             _write_card(jobs[0], splits, summary, fresh, recipe)
@@ -754,7 +757,7 @@ def _reader(rows: Dataset, recipe: Recipe) -> Reader:
     return reader
 
 
-def _check(jobs: Sequence[Job], settings: PrepareArguments) -> list[list[str]]:
+def _check(jobs: Sequence[Job], run: Run) -> list[list[str]]:
     """Checks all rows; returns the files with the lines about them, in order."""
     tasks = []
     for position, job in enumerate(jobs):
@@ -774,14 +777,14 @@ def _check(jobs: Sequence[Job], settings: PrepareArguments) -> list[list[str]]:
                 )
             bar.update()
 
-        for index, files in _each(check_blocks, [(job, starts) for _, job, starts in tasks], settings, one_more):
+        for index, files in run(check_blocks, [(job, starts) for _, job, starts in tasks], one_more):
             found[tasks[index][0]] |= files
         bar.update(total - bar.n)  # on a cluster, rows are counted by the task
     return [[files[start] for start in sorted(files)] for files in found]
 
 
 def _write_shards(
-    jobs: Sequence[Job], files: Sequence[Sequence[str]], decision: Decision, folder: Path, recipe: Recipe
+    jobs: Sequence[Job], files: Sequence[Sequence[str]], decision: Decision, folder: Path, recipe: Recipe, run: Run
 ) -> dict[str, SplitInfo]:
     """Writes the rows that are kept; returns rows and bytes of each split."""
     stored = pa.concat_tables([pq.read_table(file, columns=["stored_sha256"]) for part in files for file in part])[
@@ -801,7 +804,7 @@ def _write_shards(
             shards.append(Shard(job, path, (part - offset).tolist(), digests))
         splits[name] = SplitInfo(name, num_bytes=0, num_examples=len(rows))
     with tqdm(total=sum(len(shard.rows) for shard in shards), desc="write", unit=" rows", mininterval=0.5) as bar:
-        for index, (rows, size) in _each(write_shard, [(shard,) for shard in shards], recipe.prepare):
+        for index, (rows, size) in run(write_shard, [(shard,) for shard in shards]):
             splits[shards[index].path.name.rsplit("-", 3)[0]].num_bytes += size
             bar.update(rows)
     return splits
@@ -950,49 +953,59 @@ def _ray() -> Any:
     return ray
 
 
-def _each(
-    function: Callable[..., Any],
-    tasks: Sequence[tuple[Any, ...]],
-    settings: PrepareArguments,
-    one_more: Callable[[str], None] = _silent,
-) -> Iterator[tuple[int, Any]]:
-    """Runs a function over tasks in many processes; gives each task's number and result as they are done."""
+@contextlib.contextmanager
+def _engine(settings: PrepareArguments, most: int) -> Iterator[Run]:
+    """
+    What runs a function over tasks in at most so many processes, and gives each task's number and result when it is
+    done. Its third argument is told the outcome of each row, where the engine can.
+    """
     if settings.engine == "ray":
-        ray = _ray()
-        remote = ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")(function)
-        waiting = {remote.remote(*task): index for index, task in enumerate(tasks)}
-        while waiting:
-            done, _ = ray.wait(list(waiting))
-            for future in done:
-                yield waiting.pop(future), ray.get(future)
+        yield _run_on_ray
         return
     context = multiprocessing.get_context("spawn")
     queue, stop = context.SimpleQueue(), context.Event()
+    with ProcessPoolExecutor(min(_workers(settings), most), context, _start_worker, (queue, stop)) as pool:
 
-    def listen() -> None:
-        for reason in iter(queue.get, None):
-            one_more(reason)
+        def run(
+            function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], one_more: Callable[[str], None] = _silent
+        ) -> Iterator[tuple[int, Any]]:
+            def listen() -> None:
+                for reason in iter(queue.get, None):
+                    one_more(reason)
 
-    listener = threading.Thread(target=listen)
-    listener.start()
-    try:
-        with ProcessPoolExecutor(_workers(settings), context, _start_worker, (queue, stop)) as pool:
-            futures = {pool.submit(function, *task): index for index, task in enumerate(tasks)}
+            listener = threading.Thread(target=listen)
+            listener.start()
             try:
+                futures = {pool.submit(function, *task): index for index, task in enumerate(tasks)}
                 for future in as_completed(futures):
                     yield futures[future], future.result()
-            except BaseException:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    except BrokenProcessPool:
-        raise ValueError(
-            "A process that prepares was killed, most likely for want of memory. Nothing is lost: type the command "
-            "again, with fewer `workers` or a smaller `max_pixels`."
-        ) from None
-    finally:
-        queue.put(None)
-        listener.join()
+            finally:
+                queue.put(None)
+                listener.join()
+
+        try:
+            yield run
+        except BrokenProcessPool:
+            raise ValueError(
+                "A process that prepares was killed, most likely for want of memory. Nothing is lost: type the command "
+                "again, with fewer `workers` or a smaller `max_pixels`."
+            ) from None
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run_on_ray(
+    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], one_more: Callable[[str], None] = _silent
+) -> Iterator[tuple[int, Any]]:
+    ray = _ray()
+    remote = ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")(function)
+    waiting = {remote.remote(*task): index for index, task in enumerate(tasks)}
+    while waiting:
+        done, _ = ray.wait(list(waiting))
+        for future in done:
+            yield waiting.pop(future), ray.get(future)
 
 
 # --- the command ---
