@@ -13,6 +13,7 @@ import hashlib
 import ipaddress
 import os
 import random
+import re
 import socket
 import time
 from collections import defaultdict
@@ -32,7 +33,20 @@ from yarl import URL
 REDIRECTS = 5
 MOST_PAUSE = 60.0  # seconds; a host that asks for more is asked again by the next run
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
+_SECRET = re.compile("sig|token|key|secret|passw|credential|auth", re.IGNORECASE)
 _BINARY = {"application/octet-stream", "binary/octet-stream", ""}  # what object stores say of everything
+
+
+def shown(url: str) -> str:
+    """A URL as anybody may see it: what is written down is uploaded later, and must hold no password or signature."""
+    if "@" not in url and not _SECRET.search(url):
+        return url
+    try:
+        address = URL(url).with_user(None).with_fragment(None)
+        hidden = [(name, "…" if _SECRET.search(name) else value) for name, value in address.query.items()]
+        return address.with_query(hidden).human_repr()
+    except ValueError:
+        return "a URL that is none"
 
 
 class Refusal(Exception):
@@ -245,8 +259,8 @@ class Fetcher:
     async def _follow(self, start: str) -> bytes:
         try:
             url = first = URL(start)
-        except ValueError as error:
-            raise Refusal("address", f"{start} is not a URL: {error}") from None
+        except ValueError:
+            raise Refusal("address", "not a URL") from None
         for _ in range(REDIRECTS + 1):
             await self._check(url, first)
             host = str(url.host)
@@ -257,12 +271,12 @@ class Fetcher:
             if isinstance(answer, bytes):
                 return answer
             url = answer
-        raise Refusal("redirects", f"more than {REDIRECTS} redirects, the last to {url}")
+        raise Refusal("redirects", f"more than {REDIRECTS} redirects, the last to {shown(str(url))}")
 
     async def _check(self, url: URL, first: URL) -> None:
         """Refuses what a table from elsewhere, or a redirect, must not make this machine read."""
         if url.scheme not in ("http", "https") or not url.host:
-            raise Refusal("address", f"{url} is not an http or https URL")
+            raise Refusal("address", f"{shown(str(url))} is not an http or https URL")
         try:
             addresses = [ipaddress.ip_address(url.host)]
         except ValueError:
@@ -277,52 +291,52 @@ class Fetcher:
             inner = getattr(address, "ipv4_mapped", None) or address
             # Cloud machines keep their credentials at a link-local address: no row has business there.
             if inner.is_link_local or (url.host != first.host and not inner.is_global):
-                raise Refusal("address", f"{url} leads to the private address {address}")
+                raise Refusal("address", f"{shown(str(url))} leads to the private address {address}")
 
     async def _ask(self, url: URL) -> bytes | URL:
         """One request: the content, or where it redirects to."""
-        answered = False
+        answered, name = False, shown(str(url))
         try:
             async with self._session.get(url, allow_redirects=False) as response:
                 answered = True
                 if response.status in (301, 302, 303, 307, 308):
                     target = response.headers.get("Location", "")
                     if not target:
-                        raise Refusal("redirects", f"{url} redirects to nowhere")
+                        raise Refusal("redirects", f"{name} redirects to nowhere")
                     try:
                         return url.join(URL(target))
                     except ValueError:
-                        raise Refusal("address", f"{url} redirects to {target!r}, which is not a URL") from None
+                        raise Refusal("address", f"{name} redirects to what is not a URL") from None
                 if response.status != 200:
                     kind = f"http_{response.status}"
-                    detail = f"{url} answered {response.status} {response.reason or ''}".rstrip()
+                    detail = f"{name} answered {response.status} {response.reason or ''}".rstrip()
                     if response.status in _PASSING:
                         raise _Passing(kind, detail, _retry_after(response.headers.get("Retry-After")))
                     raise Refusal(kind, detail)
                 content_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
                 if not (content_type.startswith("image/") or content_type in _BINARY):
-                    raise Refusal("content_type", f"{url} is {content_type}, expected a picture")
-                return await self._read(response, url)
+                    raise Refusal("content_type", f"{name} is {content_type}, expected a picture")
+                return await self._read(response, name)
         except TimeoutError:
-            detail = f"{url} was not through in {self.limits.timeout:g} s"
+            detail = f"{name} was not through in {self.limits.timeout:g} s"
             if answered:  # a server that trickles does so again, and each time costs all of the time there is
                 raise Refusal("timeout", detail) from None
             raise _Passing("timeout", detail) from None
-        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
-            raise Refusal("address", f"{url} is not a URL: {error}") from None
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
+            raise Refusal("address", f"{name} is not a URL") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise _Passing("connection", f"{url}: {error or type(error).__name__}") from None
+            raise _Passing("connection", f"{name}: {error or type(error).__name__}") from None
 
-    async def _read(self, response: aiohttp.ClientResponse, url: URL) -> bytes:
+    async def _read(self, response: aiohttp.ClientResponse, name: str) -> bytes:
         most = self.limits.max_bytes
         if (response.content_length or 0) > most:
-            raise Refusal("too_large", f"{url} has {response.content_length:,} bytes, more than max_bytes {most:,}")
+            raise Refusal("too_large", f"{name} has {response.content_length:,} bytes, more than max_bytes {most:,}")
         parts, size = list[bytes](), 0
         async for part in response.content.iter_chunked(1 << 16):
             parts.append(part)
             size += len(part)
             if size > most:
-                raise Refusal("too_large", f"{url} has more than max_bytes {most:,} bytes")
+                raise Refusal("too_large", f"{name} has more than max_bytes {most:,} bytes")
         return b"".join(parts)
 
 

@@ -44,7 +44,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from tqdm import tqdm
 
 from sft_phi3v.data import Reader, Template, read_source
-from sft_phi3v.fetch import Fetcher, Limits, Refusal, Store
+from sft_phi3v.fetch import Fetcher, Limits, Refusal, Store, shown
 from sft_phi3v.pictures import check_picture
 from sft_phi3v.recipe import PrepareArguments, Recipe, load_recipe
 from sft_phi3v.splitting import Contents, clusters, held_out_rows, near_pairs, same_rows
@@ -148,7 +148,7 @@ class Job:
         for base in (self.folder, Path.cwd()):
             if base is not None and Path(reference).is_absolute() and Path(reference).is_relative_to(base.absolute()):
                 return str(Path(reference).relative_to(base.absolute()))
-        return Path(reference).name if Path(reference).is_absolute() else reference
+        return Path(reference).name if Path(reference).is_absolute() else shown(reference)
 
     @property
     def identity(self) -> str:
@@ -326,7 +326,7 @@ class _Checker:
                 text = "" if value is None or value != value else str(value).strip()
                 if not text:
                     raise Refusal("empty_field", f"column {name!r} is empty")
-                if text.lower() in placeholders:
+                if text.lower() in {word.lower() for word in placeholders}:
                     raise Refusal("placeholder", f"column {name!r} holds {text!r}")
             if not row[PICTURES]:
                 raise Refusal("no_picture", f"no picture in {', '.join(map(repr, self.job.columns))}")
@@ -371,7 +371,7 @@ class _Checker:
 
     def _file(self, reference: str) -> bytes:
         if "://" in reference:
-            raise Refusal("address", f"{reference} is neither an http or https URL nor a path")
+            raise Refusal("address", f"{shown(reference)} is neither an http or https URL nor a path")
         path = self.job.path(reference)
         try:
             if path.stat().st_size > self.job.settings.max_bytes:
@@ -563,6 +563,8 @@ def features_of(job: Job) -> Features:
         for name, kind in features.items()
         if name != job.output and (name not in job.columns or inner[name] in texts)
     }
+    if not job.columns:
+        return Features(kept)
     many = len(job.columns) > 1 or isinstance(features[job.columns[0]], List | LargeList)
     return Features({**kept, job.output: List(Image()) if many else Image()})
 
@@ -583,7 +585,7 @@ def write_shard(shard: Shard) -> tuple[int, int]:
     job, store = shard.job, Store(shard.job.work / "pictures")
     features = features_of(job)
     schema = features.arrow_schema
-    many = isinstance(features[job.output], List)
+    many = isinstance(features.get(job.output), List)
     shard.path.parent.mkdir(parents=True, exist_ok=True)
     # Chunks cut by content: a later version of the data set uploads to the Hub only what is new in it.
     with pq.ParquetWriter(shard.path, schema, use_content_defined_chunking=True, write_page_index=True) as writer:
@@ -592,6 +594,9 @@ def write_shard(shard: Shard) -> tuple[int, int]:
                 raise KeyboardInterrupt
             rows = shard.rows[start : start + 64]
             table = job.rows.with_format("arrow")[rows]
+            if not job.columns:
+                writer.write_table(table.select(schema.names).cast(schema))
+                continue
             pictures = []
             for row, digests in zip(table.select(list(job.columns)).to_pylist(), shard.stored[start:], strict=False):
                 found = [
@@ -713,6 +718,8 @@ def _jobs(recipe: Recipe, work: Path) -> list[Job]:
         conversations = "messages" in rows.column_names
         output = "images" if conversations else task.image_column
         columns = tuple(settings.source_image_column or [output])
+        if conversations and not settings.source_image_column and output not in rows.column_names:
+            columns = ()  # text only
         reads = [("source_image_column", column) for column in columns]
         reads += [(key, getattr(settings, key)) for key in ("group_column", "stratify_column")]
         for key, column in reads:

@@ -7,7 +7,7 @@ import time
 import pytest
 from yarl import URL
 
-from sft_phi3v.fetch import Fetcher, Limits, Refusal, Store, _retry_after
+from sft_phi3v.fetch import Fetcher, Limits, Refusal, Store, _retry_after, shown
 
 LIMITS = Limits(connections=4, per_host=2, timeout=1.0, attempts=2, max_bytes=1000)
 
@@ -49,6 +49,13 @@ def test_public_hosts_and_a_row_s_own_private_host_are_fine(tmp_path):
     checked(tmp_path, NAMES, "http://intranet/a", "http://intranet/b")
     with pytest.raises(Refusal):
         checked(tmp_path, NAMES, "http://169.254.169.254/a", "http://169.254.169.254/a")
+
+
+def test_what_is_written_down_holds_no_password_and_no_signature():
+    assert shown("http://a.example/x y.jpg?id=5") == "http://a.example/x y.jpg?id=5"
+    url = shown("https://me:geheim@a.example/x.jpg?id=5&X-Amz-Signature=abc&token=def#part")
+    assert url == "https://a.example/x.jpg?id=5&X-Amz-Signature=…&token=…"
+    assert "geheim" not in shown("https://me:geheim@[bad/x.jpg")
 
 
 def test_retry_after_is_read_as_seconds_and_as_a_date():

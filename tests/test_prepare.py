@@ -481,6 +481,35 @@ def test_a_source_with_its_own_test_split_strata_downscaling_and_the_upload(tmp_
     assert sent[1][1]["folder_path"] == str(tmp_path / "strata")
 
 
+def test_conversations_with_several_no_or_unusable_pictures(tmp_path, write_recipe):
+    folder = tmp_path / "talk"
+    folder.mkdir()
+    for number in range(24):
+        drawn(number).save(folder / f"{number}.png")
+
+    def talk(number, content):
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": f"Answer {number}."}]
+        return {"images": [f"{n}.png" for n in range(number, number + number % 3)], "messages": turns}
+
+    rows = [talk(number, f"Question {number}?") for number in range(22)]
+    rows[4]["messages"] = rows[4]["messages"][:1]
+    (folder / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = write_recipe(source=str(folder), dataset_name=str(tmp_path / "data"), answer=None, workers=1, held_out=3)
+    preparing.main([path])
+    found = manifest(tmp_path / "data")
+    assert found["reason"].dropna().to_dict() == {4: "messages"}
+    train, test = load_splits(load_recipe([path]))
+    counts = [len(example["images"]) for part in (train, test) for example in to_examples(part, load_recipe([path]))]
+    assert sorted(counts) == sorted(number % 3 for number in range(22) if number != 4)
+
+    for row in rows:
+        del row["images"]
+    (folder / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    preparing.main([path])
+    train, _ = load_splits(load_recipe([path]))
+    assert train.column_names[0] == "messages" and len(train) == 18
+
+
 def test_webdataset_shards(tmp_path, write_recipe):
     shards = tmp_path / "shards"
     shards.mkdir()
