@@ -43,7 +43,7 @@ tiny-base: setup  ## rebuild the demo's base model, recipes/tiny_base
 	$(BIN)/python -m sft_phi3v.tiny_base --output_dir recipes/tiny_base
 
 test: setup  ## the tests: offline, CPU
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup  ## the tests that take minutes, the demo's scores among them
 	$(BIN)/python -m pytest -m slow

@@ -999,7 +999,7 @@ def _engine(settings: PrepareArguments, most: int) -> Iterator[Run]:
             ) from None
         except BaseException:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # waits: one that is just starting would fail without its parent
             raise
 
 

@@ -353,15 +353,16 @@ def test_a_cluster_of_two_workers_makes_the_same_data_set(server, tmp_path, writ
     assert manifest(tmp_path / "local")["reason"].equals(manifest(tmp_path / "cluster")["reason"])
 
 
-def test_ctrl_c_stops_soon_and_says_that_nothing_is_lost(server, tmp_path, write_prepare):
+@pytest.mark.parametrize("moment", ["at once", "later"])
+def test_ctrl_c_stops_soon_and_says_that_nothing_is_lost(server, tmp_path, write_prepare, moment):
     write_table(tmp_path / "shop.csv", server, good=300, faults=False)
     server.seen.clear()
     server.latency = 2.0
     command = [sys.executable, "-m", "sft_phi3v.prepare", write_prepare(tmp_path / "shop.csv", fetch_connections=8)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        while not server.seen:
-            time.sleep(0.1)
+        while not (server.seen if moment == "later" else (tmp_path / "data.work" / "lock").exists()):
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     finally:
