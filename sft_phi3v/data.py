@@ -124,7 +124,7 @@ def check_prepared(recipe: Recipe) -> None:
     if recipe.prepare.source is not None and not Path(name).expanduser().exists():
         raise ValueError(
             f"`dataset_name` {name!r} is to be made of `source` {recipe.prepare.source!r} first:\n"
-            f"  python -m sft_phi3v.prepare {recipe.path}\nor let the run do it: --prepare true"
+            f"  python -m sft_phi3v.prepare {recipe.typed}\nor let the run do it: --prepare true"
         )
     summary = Path(name).expanduser() / "summary.json"
     if (Path(name).expanduser() / "manifest.parquet").is_file() and summary.is_file():

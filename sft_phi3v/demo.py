@@ -157,11 +157,13 @@ def what_next(form: str, output_dir: str, planted: list[Planted], options: dict[
         keys["source_image_column"] = ["imageurl"]
     elif options.get("pictures", 1) > 1:
         keys["source_image_column"] = ["image", *(f"image_{place}" for place in range(2, options["pictures"] + 1))]
+    if form == "conversations":
+        keys["answer"] = None
     if form == "classes":
         keys["answer"] = "Category: {label}"
-    words = [
-        word for key, value in keys.items() for word in (f"--{key}", *(value if isinstance(value, list) else [value]))
-    ]
+    words = []
+    for key, value in keys.items():
+        words += [f"--{key}", *(value if isinstance(value, list) else ["null" if value is None else value])]
     lines = "".join(f"  {line}\n" for line in yaml.safe_dump(keys, sort_keys=False).splitlines())
     served = f"Its pictures are served at {url} until Ctrl-C.\n" if url else ""
     return f"""\
@@ -218,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"a sample source needs {option}: see --help.")
     try:
         rehearse(**options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

@@ -34,17 +34,20 @@ REDIRECTS = 5
 MOST_PAUSE = 60.0  # seconds; a host that asks for more is asked again by the next run
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 _SECRET = re.compile("sig|token|key|secret|passw|credential|auth", re.IGNORECASE)
+_METADATA_V6 = ipaddress.ip_address("fd00:ec2::254")  # where AWS has its credentials in IPv6
 _BINARY = {"application/octet-stream", "binary/octet-stream", ""}  # what object stores say of everything
 
 
 def shown(url: str) -> str:
     """A URL as anybody may see it: what is written down is uploaded later, and must hold no password or signature."""
-    if "@" not in url and not _SECRET.search(url):
+    if "://" not in url:
         return url
     try:
-        address = URL(url).with_user(None).with_fragment(None)
+        address = URL(url)
         hidden = [(name, "…" if _SECRET.search(name) else value) for name, value in address.query.items()]
-        return address.with_query(hidden).human_repr()
+        if address.user is None and address.password is None and hidden == list(address.query.items()):
+            return url
+        return address.with_user(None).with_query(hidden).human_repr()
     except ValueError:
         return "a URL that is none"
 
@@ -290,7 +293,7 @@ class Fetcher:
         for address in addresses:
             inner = getattr(address, "ipv4_mapped", None) or address
             # Cloud machines keep their credentials at a link-local address: no row has business there.
-            if inner.is_link_local or (url.host != first.host and not inner.is_global):
+            if inner.is_link_local or inner == _METADATA_V6 or (url.host != first.host and not inner.is_global):
                 raise Refusal("address", f"{shown(str(url))} leads to the private address {address}")
 
     async def _ask(self, url: URL) -> bytes | URL:

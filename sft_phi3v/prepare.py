@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ from tqdm import tqdm
 from sft_phi3v.data import Reader, Template, read_source
 from sft_phi3v.fetch import Fetcher, Limits, Refusal, Store, shown
 from sft_phi3v.pictures import check_picture
-from sft_phi3v.recipe import PrepareArguments, Recipe, load_recipe
-from sft_phi3v.splitting import Contents, clusters, held_out_rows, near_pairs, same_rows
+from sft_phi3v.recipe import PrepareArguments, Recipe, TaskArguments, load_recipe
+from sft_phi3v.splitting import Contents, clusters, held_out_rows, look_alikes, same_rows
 
 BLOCK = 256  # rows that are checked and noted down together
 STRIPE = 16  # blocks that one process takes at a time: a slow host then holds up their end, not each of them
@@ -116,7 +117,9 @@ class Job:
 
     def read(self, rows: slice | list[int]) -> list[dict[str, Any]]:
         """Rows as they stand in the source, pictures undecoded, class names for class numbers."""
-        found = self.rows.with_format("arrow")[rows].to_pylist()
+        bare = _undecoded(self.rows)
+        columns = bare[rows]
+        found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         for name, kind in self.rows.features.items():
             if isinstance(kind, ClassLabel):
                 for row in found:
@@ -130,7 +133,7 @@ class Job:
             value = row[name]
             for one in value if isinstance(value, list) else [value]:
                 if isinstance(one, dict):
-                    one = one["bytes"] if one["bytes"] is not None else one["path"]
+                    one = one["bytes"] if one.get("bytes") is not None else one.get("path")
                 if one is None or (isinstance(one, str) and not one.strip()):
                     continue
                 found.append(one.strip() if isinstance(one, str) else one)
@@ -142,7 +145,7 @@ class Job:
         return inside if inside.is_file() else Path(reference)
 
     def named(self, reference: Any) -> str:
-        """A reference as the manifest shows it: no path of this machine in it."""
+        """A reference as anybody may see it: no path of this machine in it, and no password."""
         if not isinstance(reference, str):
             return ""
         for base in (self.folder, Path.cwd()):
@@ -156,10 +159,21 @@ class Job:
         settings = {
             key: value
             for key, value in asdict(self.settings).items()
-            if key in ("group_column", "stratify_column", "placeholders", "min_side", "max_pixels", "downscale")
+            if key
+            in ("group_column", "stratify_column", "placeholders", "min_side", "max_pixels", "max_bytes", "downscale")
         }
         templates = [template and template.text for template in (self.reader.prompt, self.reader.answer)]
         return json.dumps([VERSION, settings, self.num_crops, self.columns, templates])
+
+
+def _undecoded(rows: Dataset) -> Dataset:
+    """The same rows, whose pictures read as `{"bytes", "path"}`."""
+    rows = rows.select_columns(rows.column_names).with_format(None)
+    for name, kind in rows.features.items():
+        if isinstance(getattr(kind, "feature", kind), Image):
+            bare = Image(decode=False)
+            rows.info.features[name] = List(bare) if isinstance(kind, List | LargeList) else bare
+    return rows
 
 
 # --- checking, in worker processes ---
@@ -187,7 +201,7 @@ def _start_worker(queue: Any, stop: Any) -> None:
     _stopped = stopped
 
 
-def check_blocks(job: Job, starts: Sequence[int]) -> dict[int, str]:
+def check_blocks(job: Job, starts: Sequence[int]) -> tuple[dict[int, str], int]:
     """
     Checks blocks of rows; those that are noted down already are taken as they are, but for what could not be fetched.
 
@@ -196,12 +210,13 @@ def check_blocks(job: Job, starts: Sequence[int]) -> dict[int, str]:
         starts (`Sequence[int]`): First row of each block.
 
     Returns:
-        `dict[int, str]`: The file that holds each block's lines, by its first row.
+        `tuple[dict[int, str], int]`: The file that holds each block's lines, by its first row; and how many requests
+        were made.
     """
     return asyncio.run(_check_blocks(job, starts))
 
 
-async def _check_blocks(job: Job, starts: Sequence[int]) -> dict[int, str]:
+async def _check_blocks(job: Job, starts: Sequence[int]) -> tuple[dict[int, str], int]:
     settings, share = job.settings, max(1, job.workers)
     connections = max(1, settings.fetch_connections // share)
     limits = Limits(
@@ -229,11 +244,13 @@ async def _check_blocks(job: Job, starts: Sequence[int]) -> dict[int, str]:
         _progress(line["reason"] or "")
         return line
 
-    async def note_down(path: Path, lines: list[dict[str, Any]], tasks: list[asyncio.Task[dict[str, Any]]]) -> None:
-        lines = sorted([*lines, *await asyncio.gather(*tasks)], key=lambda line: line["row"])
+    async def note_down(path: Path, lines: list[dict[str, Any]], tasks: list[asyncio.Task[dict[str, Any]]]) -> int:
+        found = await asyncio.gather(*tasks)
+        lines = sorted([*lines, *found], key=lambda line: line["row"])
         _write_whole(pa.Table.from_pylist(lines, schema=_LINE), path)
+        return sum(line["attempts"] for line in found)
 
-    files, ends = dict[int, str](), list[asyncio.Task[None]]()
+    files, ends = dict[int, str](), list[asyncio.Task[int]]()
     with ThreadPoolExecutor(1) as threads:
         async with Fetcher(limits, store) as fetcher:
             watcher = asyncio.create_task(watch())
@@ -254,9 +271,9 @@ async def _check_blocks(job: Job, starts: Sequence[int]) -> dict[int, str]:
                         await under_way.acquire()
                         tasks.append(asyncio.create_task(one(checker, row, index)))
                 ends.append(asyncio.create_task(note_down(path, lines, tasks)))
-            await asyncio.gather(*ends)
+            requests = sum(await asyncio.gather(*ends))
             watcher.cancel()
-    return files
+    return files, requests
 
 
 def _noted(path: Path) -> list[dict[str, Any]]:
@@ -312,7 +329,8 @@ class _Checker:
         group = row[settings.group_column] if settings.group_column else None
         line["question"] = _hash([line["pixels"], question])
         line["answer"] = _hash(answer)
-        line["group"] = _hash(group) if group is not None else 0
+        empty = group is None or group != group or not str(group).strip()
+        line["group"] = 0 if empty else _hash(group)
         line["stratum"] = _hash(row[settings.stratify_column]) if settings.stratify_column else 0
         line["key"] = line["group"] or _hash(line["pixels"][0] if line["pixels"] else [question, answer])
         return line
@@ -436,9 +454,6 @@ def decide(jobs: Sequence[Job], files: Sequence[Sequence[str]], recipe: Recipe, 
 
     Returns:
         [`Decision`]: For each row.
-
-    Raises:
-        ValueError: If nothing is left, or nothing to train on.
     """
     settings = recipe.prepare
     names = ["reason", "question", "answer", "group", "stratum", "key", "pixels", "perceptual_hash", "colours"]
@@ -462,19 +477,21 @@ def decide(jobs: Sequence[Job], files: Sequence[Sequence[str]], recipe: Recipe, 
                 reason[row], detail[row] = "conflict", "equal pictures and question have other answers elsewhere"
             elif row != same:
                 reason[row], detail[row] = "duplicate", f"the same as row {numbers[same]} of split {given[same]!r}"
-    near = near_pairs(contents, settings.near_duplicates) if settings.near_duplicates is not None else None
-    near = near or (np.empty(0, np.int64), np.empty(0, np.int64))
-    cluster = clusters(contents, near)
+    usable = usable[reason[usable] == np.array(None)]
+    contents = _contents(table.take(pa.array(usable)))
+    alike = look_alikes(contents, settings.near_duplicates)
+    cluster = clusters(contents, alike)
+    kinds = np.unique(np.stack([alike.astype(np.uint64), contents.pixels]), axis=1)[0].astype(np.int64)
     looks = np.zeros(rows, bool)
-    looks[usable[contents.picture_row[np.concatenate(near)]]] = True
+    looks[usable[contents.picture_row[np.bincount(kinds, minlength=len(alike))[alike] > 1]]] = True
 
     if len(jobs) > 1:
-        split[usable] = given[usable]
         held_out = given[usable] == test
-        for row in usable[_shared(contents, held_out) & ~held_out]:
-            if reason[row] is None:
-                reason[row], detail[row] = "in_test", f"its picture or group stands in split {test!r}"
-    else:
+        shared = np.isin(cluster, cluster[held_out]) & ~held_out
+        split[usable] = given[usable]
+        reason[usable[shared]] = "in_test"
+        detail[usable[shared]] = f"its picture, a near duplicate of it or its group stands in split {test!r}"
+    elif len(usable):
         held_out = held_out_rows(
             contents,
             cluster,
@@ -485,15 +502,11 @@ def decide(jobs: Sequence[Job], files: Sequence[Sequence[str]], recipe: Recipe, 
         )
         split[usable] = np.where(held_out, test, train)
     split[reason != np.array(None)] = None
-    for name in (train, test):
-        if not (split == name).any():
-            kept = Counter(split[split != np.array(None)].tolist())
-            raise ValueError(_nothing_left(name, kept, Counter(reason.tolist()), recipe))
     clustered = np.full(rows, -1)
     clustered[usable] = usable[cluster]
     stored = table["stored_bytes"].combine_chunks()
     sizes = np.diff(np.concatenate([[0], np.cumsum(stored.flatten().to_numpy())])[stored.offsets.to_numpy()])
-    largest = int(np.bincount(cluster).max())
+    largest = int(np.bincount(cluster).max(initial=0))
     return Decision(reason, detail, split, looks, clustered, largest, sizes, int(contradicting.sum()))
 
 
@@ -513,23 +526,21 @@ def _contents(table: pa.Table) -> Contents:
     )
 
 
-def _shared(contents: Contents, held_out: Any) -> Any:
-    """Whether a row has a picture or a group of a held-out row."""
-    tainted = np.isin(contents.pixels, contents.pixels[held_out[contents.picture_row]])
-    found = np.isin(contents.group, contents.group[held_out]) & (contents.group != 0)
-    found[contents.picture_row[tainted]] = True
-    return found
-
-
-def _nothing_left(name: str, kept: Mapping[str, int], reasons: Mapping[str, int], recipe: Recipe) -> str:
-    dropped = ", ".join(f"{reason} {count:,}" for reason, count in Counter(reasons).most_common() if reason)
-    if kept:
-        return (
-            f"`held_out` is {recipe.task.held_out}, and no row is left for split {name!r}: {sum(kept.values()):,} rows "
-            "are kept, and rows that share a picture, a near duplicate or a group stay together. Hold out another "
-            "share, or look at `group_column` and `near_duplicates`."
-        )
-    return f"`source` {recipe.prepare.source}: no row can be used ({dropped})."
+def _refuse_empty(decision: Decision, recipe: Recipe, manifest: Path) -> None:
+    """Raises a `ValueError` if nothing is left, or nothing on one side of the split."""
+    for name in (recipe.script.dataset_train_split, recipe.script.dataset_test_split):
+        if (decision.split == name).any():
+            continue
+        see = f"What became of each row stands in {manifest}."
+        kept = sum(reason is None for reason in decision.reason)
+        if kept:
+            raise ValueError(
+                f"`held_out` is {recipe.task.held_out}, and no row is left for split {name!r}: {kept:,} rows are kept, "
+                "and rows that share a picture, a near duplicate or a group stay together. Hold out another share, or "
+                f"look at `group_column` and `near_duplicates`. {see}"
+            )
+        dropped = ", ".join(f"{reason} {count:,}" for reason, count in Counter(decision.reason).most_common())
+        raise ValueError(f"`source` {recipe.prepare.source}: no row can be used ({dropped}). {see}")
 
 
 # --- writing, in worker processes ---
@@ -561,7 +572,9 @@ def features_of(job: Job) -> Features:
     kept = {
         name: kind
         for name, kind in features.items()
-        if name != job.output and (name not in job.columns or inner[name] in texts)
+        if name != job.output
+        and not isinstance(inner[name], Image)
+        and (name not in job.columns or inner[name] in texts)
     }
     if not job.columns:
         return Features(kept)
@@ -604,11 +617,22 @@ def write_shard(shard: Shard) -> tuple[int, int]:
                     for reference, digest in zip(job.references(row), digests, strict=True)
                 ]
                 pictures.append(found if many else found[0])
-            columns = [table[name] for name in schema.names[:-1]]
+            columns = [
+                _presentable(table[name], job) if name in job.columns else table[name] for name in schema.names[:-1]
+            ]
             writer.write_table(
                 pa.Table.from_arrays([*columns, pa.array(pictures, schema.field(job.output).type)], schema=schema)
             )
     return len(shard.rows), shard.path.stat().st_size
+
+
+def _presentable(column: pa.ChunkedArray, job: Job) -> pa.ChunkedArray:
+    """URLs and paths of pictures without what nobody should see of them."""
+    values = [
+        [job.named(one) if one else one for one in value] if isinstance(value, list) else value and job.named(value)
+        for value in column.to_pylist()
+    ]
+    return pa.chunked_array([pa.array(values, column.type)])
 
 
 def _stored(job: Job, store: Store, reference: Any, digest: str) -> dict[str, Any]:
@@ -655,27 +679,31 @@ def prepare(recipe: Recipe) -> dict[str, Any]:
             before = _earlier(target, recipe)
             fresh = work / "new"
             shutil.rmtree(fresh, ignore_errors=True)
-            with _engine(settings, sum(-(-len(job.rows) // BLOCK) for job in jobs)) as run:
-                files = _check(jobs, run)
+            blocks = sum(-(-len(job.rows) // BLOCK) for job in jobs)
+            with _engine(settings, min(jobs[0].workers, blocks)) as run:
+                files, requests = _check(jobs, run)
                 decision = decide(jobs, files, recipe, before)
+                _write_manifest(jobs, files, decision, work / "manifest.parquet")
+                _refuse_empty(decision, recipe, work / "manifest.parquet")
                 splits = _write_shards(jobs, files, decision, fresh, recipe, run)
-            _write_manifest(jobs, files, decision, fresh / "manifest.parquet")
-            summary = _summary(jobs, fresh / "manifest.parquet", splits, decision)
+            (work / "manifest.parquet").rename(fresh / "manifest.parquet")
+            summary = _summary(jobs, fresh / "manifest.parquet", splits, decision, recipe)
             _write_card(jobs[0], splits, summary, fresh, recipe)
             shutil.rmtree(work / "old", ignore_errors=True)
             if target.exists():
                 target.rename(work / "old")
             fresh.rename(target)
             shutil.rmtree(work / "old", ignore_errors=True)
+            current = {file for part in files for file in part}
             for block in (work / "blocks").iterdir():
-                if str(block) not in {file for part in files for file in part}:
+                if str(block) not in current:
                     block.unlink()
     except Timeout:
         raise ValueError(
             f"`dataset_name` {str(target)!r} is being prepared by another process (it holds {work / 'lock'}). Wait "
             "for it, or end it."
         ) from None
-    print(_told(summary, target, work, time.monotonic() - started))
+    print(_told(summary, target, work, requests, time.monotonic() - started))
     return summary
 
 
@@ -688,6 +716,17 @@ def _target(recipe: Recipe) -> Path:
         )
     if target.resolve() == Path(settings.source).expanduser().resolve():
         raise ValueError(f"`source` and `dataset_name` are both {str(target)!r}: write a new folder's name into one.")
+    if target.resolve() in Path(settings.source).expanduser().resolve().parents:
+        raise ValueError(
+            f"`source` {settings.source!r} lies in `dataset_name` {str(target)!r}, which is written anew. Move "
+            "one of them."
+        )
+    ours = {"data", "manifest.parquet", "summary.json", "README.md", ".cache", ".git", ".gitattributes"}
+    if target.is_dir() and (strange := sorted({file.name for file in target.iterdir()} - ours)):
+        raise ValueError(
+            f"`dataset_name` {str(target)!r} holds {', '.join(strange[:3])}, which this command did not write and would "
+            "lose. Give a new folder's name, or move that away."
+        )
     if target.exists() and not (target / "manifest.parquet").is_file():
         raise ValueError(
             f"`dataset_name` {str(target)!r} exists and was not made by this command (it has no manifest.parquet). "
@@ -720,12 +759,27 @@ def _jobs(recipe: Recipe, work: Path) -> list[Job]:
         columns = tuple(settings.source_image_column or [output])
         if conversations and not settings.source_image_column and output not in rows.column_names:
             columns = ()  # text only
+        others = [
+            name
+            for name, kind in rows.features.items()
+            if isinstance(getattr(kind, "feature", kind), Image) and name not in columns
+        ]
+        if others and name == train:
+            print(
+                f"left out: pictures in {', '.join(others)} (to use them, name them: `source_image_column`)", flush=True
+            )
         reads = [("source_image_column", column) for column in columns]
         reads += [(key, getattr(settings, key)) for key in ("group_column", "stratify_column")]
         for key, column in reads:
             if column is not None and column not in rows.column_names:
                 raise ValueError(f"`{key}` is {column!r}, and there is no such column: {', '.join(rows.column_names)}.")
-        if output in rows.column_names and output not in columns:
+        for column in columns:
+            if not _may_hold_pictures(rows.features[column]):
+                raise ValueError(
+                    f"`source_image_column` {column!r} holds {rows.features[column]}, expected URLs, paths, bytes or "
+                    "pictures."
+                )
+        if output in rows.column_names and output not in columns and output not in others:
             raise ValueError(
                 f"`image_column` is {output!r}, where the pictures are to go, and the source has such a column that "
                 "is not in `source_image_column`. Write another name into `image_column`."
@@ -741,7 +795,7 @@ def _jobs(recipe: Recipe, work: Path) -> list[Job]:
                 settings=settings,
                 num_crops=task.num_crops,
                 work=work,
-                workers=_workers(settings),
+                workers=_workers(settings, remote=any(_is_text(rows.features[column]) for column in columns)),
             )
         )
     if len({str(features_of(job)) for job in jobs}) > 1:
@@ -749,9 +803,25 @@ def _jobs(recipe: Recipe, work: Path) -> list[Job]:
     return jobs
 
 
+def _is_text(kind: Any) -> bool:
+    return getattr(kind, "feature", kind) in (Value("string"), Value("large_string"))
+
+
+def _may_hold_pictures(kind: Any) -> bool:
+    inner = getattr(kind, "feature", kind)
+    if isinstance(inner, dict):
+        return {"bytes", "path"} >= set(inner) > set()
+    return (
+        isinstance(inner, Image) or _is_text(inner) or inner in (Value("binary"), Value("large_binary"), Value("null"))
+    )
+
+
 def _reader(rows: Dataset, recipe: Recipe) -> Reader:
     task = recipe.task
     if "messages" in rows.column_names:
+        for key in ("prompt", "answer"):
+            if getattr(task, key) != getattr(TaskArguments, key):
+                raise ValueError(f"`{key}` is given and the rows hold `messages`, which say it. Remove `{key}`.")
         return Reader(Template(task.prompt, key="prompt"), None, PICTURES)
     if task.answer is None:
         raise ValueError(
@@ -764,8 +834,8 @@ def _reader(rows: Dataset, recipe: Recipe) -> Reader:
     return reader
 
 
-def _check(jobs: Sequence[Job], run: Run) -> list[list[str]]:
-    """Checks all rows; returns the files with the lines about them, in order."""
+def _check(jobs: Sequence[Job], run: Run) -> tuple[list[list[str]], int]:
+    """Checks all rows; returns the files with the lines about them, in order, and the number of requests made."""
     tasks = []
     for position, job in enumerate(jobs):
         starts = range(0, len(job.rows), BLOCK)
@@ -784,10 +854,12 @@ def _check(jobs: Sequence[Job], run: Run) -> list[list[str]]:
                 )
             bar.update()
 
-        for index, files in run(check_blocks, [(job, starts) for _, job, starts in tasks], one_more):
+        requests = 0
+        for index, (files, made) in run(check_blocks, [(job, starts) for _, job, starts in tasks], one_more):
             found[tasks[index][0]] |= files
+            requests += made
         bar.update(total - bar.n)  # on a cluster, rows are counted by the task
-    return [[files[start] for start in sorted(files)] for files in found]
+    return [[files[start] for start in sorted(files)] for files in found], requests
 
 
 def _write_shards(
@@ -802,7 +874,7 @@ def _write_shards(
         rows = np.flatnonzero(decision.split == name)
         size = int(decision.stored_bytes[rows].sum())
         # Small data sets too in several files, so that each process and worker that streams them has its own.
-        count = max(-(-size // SHARD), min(16, len(rows) // 64), 1)
+        count = max(-(-size // SHARD), -(-len(rows) // 100_000), min(16, len(rows) // 64), 1)
         for number, part in enumerate(np.array_split(rows, count)):
             job = jobs[0] if part[0] < len(jobs[0].rows) else jobs[1]
             offset = 0 if job is jobs[0] else len(jobs[0].rows)
@@ -849,23 +921,37 @@ def _write_manifest(jobs: Sequence[Job], files: Sequence[Sequence[str]], decisio
     writer.close()
 
 
+def _drawn_by(recipe: Recipe) -> dict[str, Any]:
+    """What a draw of the split depends on besides the rows."""
+    return {
+        "held_out": recipe.task.held_out,
+        "seed": recipe.training.seed,
+        "group_column": recipe.prepare.group_column,
+        "stratify_column": recipe.prepare.stratify_column,
+        "dataset_test_split": recipe.script.dataset_test_split,
+    }
+
+
 def _earlier(target: Path, recipe: Recipe) -> pd.Series:
-    """Which keys the last preparation held out, so that they stay where they are; none if it drew otherwise."""
-    manifest = target / "manifest.parquet"
-    if not manifest.is_file():
+    """Which keys the last preparation held out, so that they stay where they are; none if it drew by other settings."""
+    manifest, summary = target / "manifest.parquet", target / "summary.json"
+    if not (manifest.is_file() and summary.is_file()):
+        return pd.Series(dtype=bool)
+    drawn, now = json.loads(summary.read_text(encoding="utf-8"))["drawn_by"], _drawn_by(recipe)
+    if changed := [key for key in now if drawn.get(key) != now[key]]:
+        print(f"the split is drawn anew: {', '.join(changed)} changed since the last time", flush=True)
         return pd.Series(dtype=bool)
     found = pq.read_table(manifest, columns=["key", "split"]).to_pandas().dropna()
     return (found["split"] == recipe.script.dataset_test_split).groupby(found["key"]).min()
 
 
 def _summary(
-    jobs: Sequence[Job], manifest: Path, splits: Mapping[str, SplitInfo], decision: Decision
+    jobs: Sequence[Job], manifest: Path, splits: Mapping[str, SplitInfo], decision: Decision, recipe: Recipe
 ) -> dict[str, Any]:
     reasons = Counter(reason for reason in decision.reason.tolist() if reason)
-    notes, requests, size = Counter[str](), 0, 0
-    for batch in pq.ParquetFile(manifest).iter_batches(columns=["status", "notes", "attempts", "stored_bytes"]):
+    notes, size = Counter[str](), 0
+    for batch in pq.ParquetFile(manifest).iter_batches(columns=["status", "notes", "stored_bytes"]):
         for line in batch.to_pylist():
-            requests += line["attempts"]
             if line["status"] == "kept":
                 notes.update(line["notes"])
                 size += sum(line["stored_bytes"])
@@ -875,14 +961,14 @@ def _summary(
         "dropped": dict(reasons.most_common()),
         "notes": dict(notes.most_common()),
         "picture_bytes": size,
-        "requests": requests,
         "largest_cluster": decision.largest,
         "contradicting": decision.contradicting,
+        "drawn_by": _drawn_by(recipe) if len(jobs) == 1 else {},
         "downscaled_for_num_crops": jobs[0].num_crops if jobs[0].settings.downscale else None,
     }
 
 
-def _told(summary: Mapping[str, Any], target: Path, work: Path, seconds: float) -> str:
+def _told(summary: Mapping[str, Any], target: Path, work: Path, requests: int, seconds: float) -> str:
     kept, dropped = summary["kept"], summary["dropped"]
     lines = [
         f"rows in the source  {summary['rows']:>9,}",
@@ -896,8 +982,7 @@ def _told(summary: Mapping[str, Any], target: Path, work: Path, seconds: float) 
         )
     lines.append(f"pictures            {summary['picture_bytes'] / 1e6:>9,.1f} MB")
     lines.append(
-        f"time                {seconds:>9,.1f} s, {summary['rows'] / seconds:,.0f} rows/s; "
-        f"{summary['requests']:,} requests"
+        f"time                {seconds:>9,.1f} s, {summary['rows'] / seconds:,.0f} rows/s; {requests:,} requests"
     )
     total = sum(kept.values())
     if total >= 20 and summary["largest_cluster"] > total / 5:
@@ -938,12 +1023,14 @@ def _write_card(
 # --- many processes ---
 
 
-def _workers(settings: PrepareArguments) -> int:
-    if settings.workers is not None:
-        return settings.workers
-    if settings.engine == "ray":
-        return max(1, int(_ray().cluster_resources().get("CPU", 1)))
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _workers(settings: PrepareArguments, *, remote: bool) -> int:
+    """How many processes; where they fetch, no more than may fetch at once from one host."""
+    count = settings.workers
+    if count is None and settings.engine == "ray":
+        count = max(1, int(_ray().cluster_resources().get("CPU", 1)))
+    elif count is None:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(count, settings.fetch_connections, settings.fetch_per_host) if remote else count
 
 
 def _ray() -> Any:
@@ -961,35 +1048,43 @@ def _ray() -> Any:
 
 
 @contextlib.contextmanager
-def _engine(settings: PrepareArguments, most: int) -> Iterator[Run]:
+def _engine(settings: PrepareArguments, workers: int) -> Iterator[Run]:
     """
-    What runs a function over tasks in at most so many processes, and gives each task's number and result when it is
-    done. Its third argument is told the outcome of each row, where the engine can.
+    What runs a function over tasks in so many processes, and gives each task's number and result when it is done. Its
+    third argument is told the outcome of each row, where the engine can.
     """
     if settings.engine == "ray":
-        yield _run_on_ray
+        yield partial(_run_on_ray, workers)
         return
     context = multiprocessing.get_context("spawn")
-    queue, stop = context.SimpleQueue(), context.Event()
-    with ProcessPoolExecutor(min(_workers(settings), most), context, _start_worker, (queue, stop)) as pool:
+    queue, stop, over = context.SimpleQueue(), context.Event(), threading.Event()
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (queue, stop))
+    with _without_ctrl_c():
+        pool.submit(os.getpid)  # starts them all
 
-        def run(
-            function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], one_more: Callable[[str], None] = _silent
-        ) -> Iterator[tuple[int, Any]]:
-            def listen() -> None:
-                for reason in iter(queue.get, None):
-                    one_more(reason)
+    def run(
+        function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], one_more: Callable[[str], None] = _silent
+    ) -> Iterator[tuple[int, Any]]:
+        over.clear()
 
-            listener = threading.Thread(target=listen)
-            listener.start()
-            try:
-                futures = {pool.submit(function, *task): index for index, task in enumerate(tasks)}
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            finally:
-                queue.put(None)
-                listener.join()
+        def listen() -> None:
+            while not (over.is_set() and queue.empty()):
+                if queue.empty():
+                    time.sleep(0.05)
+                else:
+                    one_more(queue.get())
 
+        listener = threading.Thread(target=listen, daemon=True)
+        listener.start()
+        try:
+            futures = {pool.submit(function, *task): index for index, task in enumerate(tasks)}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            over.set()
+            listener.join(timeout=2)  # a worker that was killed while it wrote leaves half a word
+
+    with pool:
         try:
             yield run
         except BrokenProcessPool:
@@ -999,20 +1094,39 @@ def _engine(settings: PrepareArguments, most: int) -> Iterator[Run]:
             ) from None
         except BaseException:
             stop.set()
-            pool.shutdown(cancel_futures=True)  # waits: one that is just starting would fail without its parent
+            pool.shutdown(cancel_futures=True)
             raise
 
 
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes that are started in here never see Ctrl-C, which a terminal sends to all at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _run_on_ray(
-    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], one_more: Callable[[str], None] = _silent
+    workers: int,
+    function: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    one_more: Callable[[str], None] = _silent,
 ) -> Iterator[tuple[int, Any]]:
     ray = _ray()
     remote = ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")(function)
-    waiting = {remote.remote(*task): index for index, task in enumerate(tasks)}
-    while waiting:
-        done, _ = ray.wait(list(waiting))
+    queued, running = list(enumerate(tasks))[::-1], dict[Any, int]()
+    while queued or running:
+        while queued and len(running) < workers:  # the bounds on connections are shared among so many
+            index, task = queued.pop()
+            running[remote.remote(*task)] = index
+        done, _ = ray.wait(list(running))
         for future in done:
-            yield waiting.pop(future), ray.get(future)
+            yield running.pop(future), ray.get(future)
 
 
 # --- the command ---
@@ -1059,7 +1173,7 @@ def main(argv: list[str] | None = None) -> None:
         prepare(recipe)
         if recipe.prepare.push:
             print(f"uploaded: {push(recipe)}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("\nstopped. Nothing is lost: type the command again to go on.") from None

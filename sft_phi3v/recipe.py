@@ -19,6 +19,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import types
 import typing
 from collections.abc import Hashable, Iterator, Mapping
@@ -263,6 +264,7 @@ class Recipe:
             The keys as the file and the command line gave them, checked and converted, [`DEFAULTS`], and in any case
             our own keys, the seed and LoRA's size. What is not here has TRL's default.
         path (`str`): The file it came from.
+        typed (`str`): The file and the overrides, as they were typed.
     """
 
     script: "ScriptArguments"
@@ -273,6 +275,7 @@ class Recipe:
     mixture: "DatasetMixtureConfig"
     settings: dict[str, Any] = field(repr=False)
     path: str = field(compare=False)
+    typed: str = field(default="", compare=False)
 
     @property
     def resume(self) -> bool | str | None:
@@ -388,7 +391,7 @@ def load_recipe(argv: list[str]) -> Recipe:
         settings |= {key: getattr(model, key) for key in ("lora_r", "lora_alpha", "lora_dropout")}
     else:
         del settings["adapt"]  # without adapters it says nothing, and is refused
-    return Recipe(script, model, training, task, prepare, mixture, settings, path)
+    return Recipe(script, model, training, task, prepare, mixture, settings, path, shlex.join(argv))
 
 
 def check_machine(recipe: Recipe) -> None:

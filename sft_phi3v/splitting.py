@@ -69,62 +69,79 @@ def same_rows(contents: Contents) -> tuple[Indices, npt.NDArray[np.bool_]]:
     return first[inverse], contradicting[inverse]
 
 
-def near_pairs(contents: Contents, distance: int) -> tuple[Indices, Indices]:
+def look_alikes(contents: Contents, distance: int | None) -> Indices:
     """
-    Pairs of pictures that look the same: perceptual hashes a few bits apart, and about the same colours.
+    Pictures that look the same: perceptual hashes a few bits apart, and about the same colours; and what looks the same
+    as these.
 
     Two hashes at most `distance` bits apart agree in one of `distance + 1` bands of their bits, so only pictures that
     share a band are compared. Memory grows with the pictures, not with the pairs that are compared.
 
     Args:
         contents ([`Contents`]): The pictures.
-        distance (`int`): Most bits in which hashes may differ.
+        distance (`int`, *optional*): Most bits in which hashes may differ. `None`: only equal pixels look the same.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: Positions of one and the other picture of each pair, int64.
+        `np.ndarray`: For each picture the first one that looks like it (itself if there is none before), int64
+        `(pictures,)`.
     """
+    if distance is None:
+        _, first, inverse = np.unique(contents.pixels, return_index=True, return_inverse=True)
+        return first[inverse]
     alike = np.column_stack([contents.perceptual.view(np.uint8).reshape(-1, 8), contents.colours])
-    _, unique, inverse = np.unique(alike, axis=0, return_index=True, return_inverse=True)
+    _, unique, inverse = np.unique(alike, axis=0, return_index=True, return_inverse=True)  # no bit tells them apart
     hashes, colours = contents.perceptual[unique], contents.colours[unique].astype(np.int16)
-    pairs = [(unique[inverse.ravel()], np.arange(len(alike)))]  # what no bit tells apart needs no comparing
+    label = np.arange(len(unique))
     edges = np.linspace(0, 64, distance + 2).astype(np.uint64)
     for low, high in itertools.pairwise(edges):
         band = (hashes >> low) & np.uint64((1 << int(high - low)) - 1)
         order = np.argsort(band, kind="stable")
-        left = np.arange(len(order) - 1)
+        left, ones, others = np.arange(len(order) - 1), list[Indices](), list[Indices]()
         for step in range(1, len(order)):  # each with its next neighbour in the band, then with the one after that
             left = left[left + step < len(order)]
             left = left[band[order[left]] == band[order[left + step]]]
             if not len(left):
                 break
             one, other = order[left], order[left + step]
+            apart = label[one] != label[other]
+            one, other = one[apart], other[apart]
             close = np.bitwise_count(hashes[one] ^ hashes[other]) <= distance
             one, other = one[close], other[close]
             close = (np.abs(colours[one] - colours[other]) <= COLOUR_DISTANCE).all(axis=1)
-            pairs.append((unique[one[close]], unique[other[close]]))
-    ones, others = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    differ = contents.pixels[ones] != contents.pixels[others]
-    return ones[differ], others[differ]
+            ones.append(one[close])
+            others.append(other[close])
+            if sum(map(len, ones)) > len(unique):
+                label = _linked(label, ones, others)
+                ones, others = [], []
+        label = _linked(label, ones, others)
+    _, first, inverse = np.unique(label[inverse.ravel()], return_index=True, return_inverse=True)
+    return first[inverse]
 
 
-def clusters(contents: Contents, near: tuple[Indices, Indices]) -> Indices:
+def _linked(label: Indices, ones: list[Indices], others: list[Indices]) -> Indices:
+    """Labels of the components that pairs make of those that `label` names."""
+    left, right = np.concatenate([np.arange(len(label)), *ones]), np.concatenate([label, *others])
+    graph = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(len(label), len(label)))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def clusters(contents: Contents, alike: Indices) -> Indices:
     """
     The cluster of each row, named by its first row.
 
     Args:
         contents ([`Contents`]): The rows.
-        near (`tuple[np.ndarray, np.ndarray]`): From [`near_pairs`].
+        alike (`np.ndarray`): From [`look_alikes`].
 
     Returns:
         `np.ndarray`: int64 `(rows,)`.
     """
     rows = len(contents.question)
-    _, picture = np.unique(contents.pixels, return_inverse=True)
     grouped = np.flatnonzero(contents.group)
     _, group = np.unique(contents.group[grouped], return_inverse=True)
-    groups_from, end = rows + len(contents.pixels), rows + len(contents.pixels) + len(grouped)
-    left = np.concatenate([contents.picture_row, grouped, rows + picture[near[0]]])
-    right = np.concatenate([rows + picture, groups_from + group, rows + picture[near[1]]])
+    groups_from, end = rows + len(alike), rows + len(alike) + len(grouped)
+    left = np.concatenate([contents.picture_row, grouped])
+    right = np.concatenate([rows + alike, groups_from + group])
     graph = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(end, end))
     labels = connected_components(graph, directed=False)[1][:rows]
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
@@ -137,9 +154,10 @@ def held_out_rows(
     """
     Draws the held-out rows, whole clusters at a time.
 
-    A share takes every cluster whose hash lies below it. A number of rows, or strata, take the clusters with the lowest
-    hashes until there are enough (of each stratum). What an earlier draw decided stays, so that more rows do not move
-    those that a model was trained on into the test split; where a new row joins clusters of both sides, train has it.
+    A share takes every cluster whose hash lies below it, and one at least. A number of rows, or strata, take the
+    clusters with the lowest hashes until there are enough (of each stratum). What an earlier draw decided stays, so
+    that more rows do not move those that a model was trained on into the test split; where a new row joins clusters of
+    both sides, train has it.
 
     Args:
         contents ([`Contents`]): The rows.
@@ -152,19 +170,30 @@ def held_out_rows(
     Returns:
         `np.ndarray`: Whether each row is held out, bool `(rows,)`.
     """
-    rows = pd.DataFrame({"cluster": cluster, "before": pd.Series(contents.key).map(before).astype("float")})
-    drawn = rows.groupby("cluster").agg(rows=("before", "size"), before=("before", "min"))
-    drawn["hash"] = [_uniform(seed, int(contents.key[first])) for first in drawn.index]
+    rows = pd.DataFrame({"cluster": cluster, "key": contents.key})
+    rows["before"] = rows["key"].map(before).astype("float")
+    drawn = rows.groupby("cluster").agg(rows=("key", "size"), before=("before", "min"), key=("key", "min"))
+    drawn["hash"] = [_uniform(seed, int(key)) for key in drawn["key"]]
     drawn["stratum"] = contents.stratum[drawn.index] if stratified else 0
+    new = drawn["before"].isna()
+    held_out = drawn["before"] == 1
     if share < 1 and not stratified:
-        held_out = (drawn["hash"] < share).where(drawn["before"].isna(), drawn["before"] == 1)
-    else:
-        held_out = pd.Series(False, index=drawn.index)
-        for _, stratum in drawn.groupby("stratum"):
-            wanted = share * stratum["rows"].sum() if share < 1 else share * stratum["rows"].sum() / len(rows)
-            new = stratum[stratum["before"] != 0].sort_values(["before", "hash"], na_position="last")
-            taken = new["rows"].cumsum() - new["rows"] / 2 <= wanted  # the last one if most of it is wanted
-            held_out[new.index] = (taken | (new["before"] == 1)).to_numpy()
+        held_out |= new & (drawn["hash"] < share)
+        if not held_out.any() and new.any():
+            held_out[drawn.loc[new, "hash"].idxmin()] = True
+        return held_out[cluster].to_numpy()
+    sizes = drawn.groupby("stratum")["rows"].sum()
+    wanted = sizes * (share if share < 1 else share / len(rows))
+    quota = np.floor(wanted)
+    for stratum in (
+        (wanted - quota).sort_values(ascending=False, kind="stable").index[: round(wanted.sum() - quota.sum())]
+    ):
+        quota[stratum] += 1  # the largest remainders, so that all strata together have as many as are wanted
+    for stratum, clustered in drawn.groupby("stratum"):
+        left = quota[stratum] - clustered.loc[held_out[clustered.index], "rows"].sum()
+        free = clustered[new[clustered.index]].sort_values("hash")
+        taken = free["rows"].cumsum() - free["rows"] / 2 <= left  # the last one if most of it is wanted
+        held_out[free.index[taken]] = True
     return held_out[cluster].to_numpy()
 
 

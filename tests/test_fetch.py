@@ -56,6 +56,8 @@ def test_what_is_written_down_holds_no_password_and_no_signature():
     url = shown("https://me:geheim@a.example/x.jpg?id=5&X-Amz-Signature=abc&token=def#part")
     assert url == "https://a.example/x.jpg?id=5&X-Amz-Signature=…&token=…"
     assert "geheim" not in shown("https://me:geheim@[bad/x.jpg")
+    for plain in ("design keyé/mon@key 3.jpg", "https://author.example/design/key%20one.jpg?id=%41"):
+        assert shown(plain) == plain
 
 
 def test_retry_after_is_read_as_seconds_and_as_a_date():

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -27,7 +29,9 @@ from sft_phi3v import prepare as preparing
 from sft_phi3v import preview, run
 from sft_phi3v.catalogue import draw_picture, draw_product
 from sft_phi3v.data import load_splits, to_examples
+from sft_phi3v.demo import what_next
 from sft_phi3v.recipe import load_recipe
+from sft_phi3v.samples import FORMS, write_source
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.timeout(240)
@@ -109,7 +113,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server, name = self.server, self.path.rpartition("/")[2]
         server.seen[self.path] += 1
+        with server.lock:
+            server.under_way += 1
+            server.peak = max(server.peak, server.under_way)
         time.sleep(server.latency)
+        with server.lock:
+            server.under_way -= 1
         if self.path.startswith("/good/"):
             return self.send(good_picture(int(name)), "image/jpeg")
         what, _ = FAULTS[name]
@@ -177,6 +186,7 @@ def server():
 
     server = Server(("127.0.0.1", 0), Handler)
     server.seen, server.latency, server.bomb = Counter(), 0.0, bomb()
+    server.lock, server.under_way, server.peak = threading.Lock(), 0, 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     yield server
@@ -359,11 +369,13 @@ def test_ctrl_c_stops_soon_and_says_that_nothing_is_lost(server, tmp_path, write
     server.seen.clear()
     server.latency = 2.0
     command = [sys.executable, "-m", "sft_phi3v.prepare", write_prepare(tmp_path / "shop.csv", fetch_connections=8)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         while not (server.seen if moment == "later" else (tmp_path / "data.work" / "lock").exists()):
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, said = process.communicate(timeout=60)
     finally:
         server.latency = 0.0
@@ -480,6 +492,83 @@ def test_a_source_with_its_own_test_split_strata_downscaling_and_the_upload(tmp_
     assert [(found["split"][kinds == kind] == "test").sum() for kind in (0, 1)] == [3, 3]
     assert sent[0] == ("me/rows", {"repo_type": "dataset", "private": True, "exist_ok": True})
     assert sent[1][1]["folder_path"] == str(tmp_path / "strata")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_sample_of_each_form_goes_through_the_command_that_it_prints(form, tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    planted = write_source(tmp_path / "sample", form, rows=60, faults=0.3)
+    told = what_next(form, str(tmp_path / "sample"), planted, {"rows": 60}, None)
+    argv = shlex.split(re.search(r"sft_phi3v\.prepare (.*)", told)[1].replace("data/sample", str(tmp_path / "data")))
+    argv += ["--workers", "1", "--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(tiny_folder)]
+    if form == "burberry":
+        argv += ["--held_out", "0.2"]
+    preparing.main(argv)
+    lines = manifest(tmp_path / "data")
+    for fault in planted:
+        line = lines.iloc[fault.row]
+        assert (line["reason"] or None) == fault.reason, (fault, line["detail"])
+        assert set(fault.notes) <= set(line["notes"]), fault
+    assert set(lines.index[lines["reason"].notna()]) == {fault.row for fault in planted if fault.reason}
+    preview.main(argv)
+    counted = load_splits(load_recipe(argv))
+    assert sum(map(len, counted)) == (lines["status"] == "kept").sum()
+
+
+def test_what_would_be_lost_or_leak_is_not(tmp_path, write_prepare, server, capsys):
+    write_table(tmp_path / "shop.csv", server, good=40, faults=False)
+    table = pd.read_csv(tmp_path / "shop.csv", dtype=str)
+    table["imageurl"] = table["imageurl"].str.replace("http://", "http://me:geheim@") + "?token=geheim"
+    table.to_csv(tmp_path / "shop.csv", index=False)
+    path = write_prepare(tmp_path / "shop.csv", workers=1)
+    preparing.main([path])
+    for file in (tmp_path / "data").rglob("*.*"):
+        content = pq.read_table(file).to_pandas().to_string() if file.suffix == ".parquet" else file.read_text()
+        assert "geheim" not in content and str(tmp_path) not in content, file
+    assert "token=…" in manifest(tmp_path / "data")["picture"][0][0]
+
+    # Other settings than the last time are heeded.
+    first = manifest(tmp_path / "data")
+    preparing.main([path, "--held_out", "0.5"])
+    assert "the split is drawn anew: held_out changed" in capsys.readouterr().out
+    assert (manifest(tmp_path / "data")["split"] == "test").sum() > (first["split"] == "test").sum() + 5
+    preparing.main([path, "--max_bytes", "9000"])
+    small = manifest(tmp_path / "data")
+    assert set(small["reason"].dropna()) == {"too_large"} and (small["status"] == "kept").any()
+
+    # A row of no use leaves its reason behind, also where no row is of use; and the last good data set stays.
+    with pytest.raises(SystemExit, match=r"no row can be used \(too_large 40\). What became of each row stands in"):
+        preparing.main([path, "--max_bytes", "100"])
+    assert (pq.read_table(tmp_path / "data.work" / "manifest.parquet")["reason"].to_pandas() == "too_large").all()
+    assert manifest(tmp_path / "data").equals(small)
+
+    # What this command did not write is not removed with what it did.
+    (tmp_path / "data" / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match=r"holds notes.txt, which this command did not write"):
+        preparing.main([path])
+    (tmp_path / "data" / "notes.txt").unlink()
+    table.to_csv(tmp_path / "data" / "data" / "shop.csv", index=False)
+    with pytest.raises(SystemExit, match="lies in `dataset_name`"):
+        preparing.main([path, "--source", str(tmp_path / "data" / "data" / "shop.csv")])
+    with pytest.raises(SystemExit, match=r"^error: .*Not a directory"):
+        preparing.main([path, "--dataset_name", str(tmp_path / "shop.csv" / "x")])
+
+
+@pytest.mark.parametrize("value", [3, {"url": "a.jpg"}, [[1]]])
+def test_a_column_that_cannot_hold_pictures_is_named(tmp_path, write_recipe, value):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": value, "t": "a"}))
+    with pytest.raises(SystemExit, match="`source_image_column` 'image' holds .*, expected URLs, paths, bytes"):
+        preparing.main([write_recipe(source=str(tmp_path / "rows.jsonl"), dataset_name="d", answer="{t}")])
+
+
+def test_no_more_is_fetched_at_once_than_is_allowed(server, tmp_path, write_prepare):
+    write_table(tmp_path / "shop.csv", server, good=600, faults=False)
+    server.latency, server.peak = 0.02, 0
+    try:
+        preparing.main([write_prepare(tmp_path / "shop.csv", fetch_per_host=3, workers=4)])
+    finally:
+        server.latency = 0.0
+    assert server.peak == 3
 
 
 def test_conversations_with_several_no_or_unusable_pictures(tmp_path, write_recipe):
