@@ -47,7 +47,7 @@ def shown(url: str) -> str:
         hidden = [(name, "…" if _SECRET.search(name) else value) for name, value in address.query.items()]
         if address.user is None and address.password is None and hidden == list(address.query.items()):
             return url
-        return address.with_user(None).with_query(hidden).human_repr()
+        return address.with_user(None).with_query(hidden).with_fragment(None).human_repr()
     except ValueError:
         return "a URL that is none"
 

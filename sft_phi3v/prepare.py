@@ -352,7 +352,9 @@ class _Checker:
             messages = reader.messages(row)
         except ValueError as error:
             raise Refusal("messages", str(error)) from None
-        return messages[:-1], messages[-1]
+        # Every turn of the assistant is learned, and each can contradict the same conversation elsewhere.
+        asked = [turn for turn in messages if turn["role"] != "assistant"]
+        return asked, [turn for turn in messages if turn["role"] == "assistant"]
 
     async def _add(self, reference: str | bytes, line: dict[str, Any]) -> None:
         settings, loop = self.job.settings, asyncio.get_running_loop()
@@ -724,8 +726,8 @@ def _target(recipe: Recipe) -> Path:
     ours = {"data", "manifest.parquet", "summary.json", "README.md", ".cache", ".git", ".gitattributes"}
     if target.is_dir() and (strange := sorted({file.name for file in target.iterdir()} - ours)):
         raise ValueError(
-            f"`dataset_name` {str(target)!r} holds {', '.join(strange[:3])}, which this command did not write and would "
-            "lose. Give a new folder's name, or move that away."
+            f"`dataset_name` {str(target)!r} holds {', '.join(strange[:3])}, which this command did not write and "
+            "would lose. Give a new folder's name, or move that away."
         )
     if target.exists() and not (target / "manifest.parquet").is_file():
         raise ValueError(
@@ -1059,8 +1061,6 @@ def _engine(settings: PrepareArguments, workers: int) -> Iterator[Run]:
     context = multiprocessing.get_context("spawn")
     queue, stop, over = context.SimpleQueue(), context.Event(), threading.Event()
     pool = ProcessPoolExecutor(workers, context, _start_worker, (queue, stop))
-    with _without_ctrl_c():
-        pool.submit(os.getpid)  # starts them all
 
     def run(
         function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], one_more: Callable[[str], None] = _silent
@@ -1077,7 +1077,8 @@ def _engine(settings: PrepareArguments, workers: int) -> Iterator[Run]:
         listener = threading.Thread(target=listen, daemon=True)
         listener.start()
         try:
-            futures = {pool.submit(function, *task): index for index, task in enumerate(tasks)}
+            with _without_ctrl_c():  # a task that is put in may start a process
+                futures = {pool.submit(function, *task): index for index, task in enumerate(tasks)}
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:

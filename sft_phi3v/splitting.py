@@ -119,10 +119,13 @@ def look_alikes(contents: Contents, distance: int | None) -> Indices:
 
 
 def _linked(label: Indices, ones: list[Indices], others: list[Indices]) -> Indices:
-    """Labels of the components that pairs make of those that `label` names."""
+    """The components that pairs make of those that `label` names, each named by its first member again."""
     left, right = np.concatenate([np.arange(len(label)), *ones]), np.concatenate([label, *others])
     graph = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(len(label), len(label)))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    _, first, inverse = np.unique(
+        connected_components(graph, directed=False)[1], return_index=True, return_inverse=True
+    )
+    return first[inverse]
 
 
 def clusters(contents: Contents, alike: Indices) -> Indices:

@@ -98,7 +98,7 @@ def test_a_source_is_written_and_what_comes_next_is_said(tmp_path, capsys):
     [
         ("classes", {"answer": "Category: {label}"}),
         ("burberry", {"source_image_column": ["imageurl"]}),
-        ("conversations", {}),
+        ("conversations", {"answer": None}),
     ],
 )
 def test_what_comes_next_fits_the_form(form, keys):
