@@ -20,8 +20,9 @@ RECIPES = sorted(path.name for path in (REPOSITORY / "recipes").glob("*.yaml"))
 LAYERS = [
     ["phi3_v"],
     ["recipe", "catalogue", "fetch", "splitting"],
-    ["data", "collator", "model", "pictures", "samples"],
-    ["streaming"],
+    ["data", "collator", "model", "pictures", "samples", "engine"],
+    ["streaming", "checking"],
+    ["deciding"],
     ["prepare", "preview"],
     ["evaluation"],
     ["run"],
@@ -122,7 +123,7 @@ def test_the_page_on_preparing_explains_every_key_and_every_reason():
     for key in fields(PrepareArguments):
         line = f"| `{key.name}` | `{json.dumps(getattr(defaults, key.name))}` | {key.metadata['help']} |"
         assert line in text, f"docs/prepare.md lacks: {line}"
-    code = "".join((PACKAGE / f"{name}.py").read_text() for name in ("fetch", "pictures", "prepare"))
+    code = "".join((PACKAGE / f"{name}.py").read_text() for name in ("fetch", "pictures", "checking", "deciding"))
     reasons = set(re.findall(r'(?:Refusal|_Passing)\(\s*"(\w+)"|reason\[row\], detail\[row\] = "(\w+)"', code))
     assert len(reasons) > 15
     assert {one or other for one, other in reasons} <= set(re.findall(r"`(\w+)`", text))
