@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from sft_phi3v.collator import Collator
 from sft_phi3v.data import ROW, Template, number, to_examples
-from sft_phi3v.model import load_model
+from sft_phi3v.model import load_model, load_trained, on_device
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.preview import prepare, print_once
 from sft_phi3v.recipe import RESUMABLE, Recipe, check_machine, differences, load_recipe
@@ -291,16 +291,24 @@ class Evaluation:
         processor ([`Phi3VProcessor`]): The model's processor.
         train_rows (`Dataset` or [`Stream`]): Training rows, for the baseline.
         held_out_rows (`Dataset`): Held-out rows; `eval_rows` of them, drawn by `seed`, are scored.
+        most (`int`, *optional*): Scores only so many of these.
     """
 
-    def __init__(self, recipe: Recipe, processor: Phi3VProcessor, train_rows: Dataset | Stream, held_out_rows: Dataset):
+    def __init__(
+        self,
+        recipe: Recipe,
+        processor: Phi3VProcessor,
+        train_rows: Dataset | Stream,
+        held_out_rows: Dataset,
+        most: int | None = None,
+    ):
         self.recipe, self.processor = recipe, processor
         self.folder = Path(str(recipe.training.output_dir))
-        wanted = recipe.task.eval_rows
-        if wanted is not None and wanted < len(held_out_rows):
-            # A split is often sorted, by category say: its head would not stand for it.
-            chosen = random.Random(recipe.training.seed).sample(range(len(held_out_rows)), wanted)
-            held_out_rows = held_out_rows.select(sorted(chosen))
+        for wanted in (recipe.task.eval_rows, most):
+            if wanted is not None and wanted < len(held_out_rows):
+                # A split is often sorted, by category say: its head would not stand for it.
+                chosen = random.Random(recipe.training.seed).sample(range(len(held_out_rows)), wanted)
+                held_out_rows = held_out_rows.select(sorted(chosen))
         self.examples = to_examples(held_out_rows, recipe)
         self.rows = list(held_out_rows[ROW])
         self.references = answers(held_out_rows, recipe)
@@ -323,9 +331,7 @@ class Evaluation:
         """
         training = self.recipe.training
         examples = ShuffledPictures(self.examples, training.seed) if shuffled else self.examples
-        # Training runs under autocast and leaves the model so: the same for a model that was not trained yet.
-        dtype = torch.float16 if training.fp16 else torch.bfloat16
-        with torch.autocast(model.device.type, dtype, enabled=training.fp16 or training.bf16):
+        with self.precision(model):
             self.completions[name] = generate(
                 model,
                 self.processor,
@@ -339,6 +345,12 @@ class Evaluation:
         if isinstance(examples, ShuffledPictures):
             self.metrics[name]["moved"] = examples.moved
         return self.metrics[name]
+
+    def precision(self, model: Phi3VForCausalLM | PeftModel) -> torch.autocast:
+        """Training runs under autocast and leaves the model so: the same for a model that was not trained."""
+        training = self.recipe.training
+        dtype = torch.float16 if training.fp16 else torch.bfloat16
+        return torch.autocast(model.device.type, dtype, enabled=training.fp16 or training.bf16)
 
     def write(self) -> None:
         """Writes `metrics.json` and `completions.jsonl` into `output_dir`, each whole or not at all."""
@@ -383,9 +395,8 @@ class Evaluation:
             numeric = field in self.scorer.numeric
             header += [f"{field}: median error", f"{field}: within 10%"] if numeric else [f"{field}: exact"]
         lines = [header]
-        for name in ("baseline", "before", "after", "after_shuffled"):
-            if name not in self.metrics:
-                continue
+        first = [name for name in ("baseline", "before", "after", "after_shuffled") if name in self.metrics]
+        for name in dict.fromkeys([*first, *self.metrics]):
             scores = self.metrics[name]
             values = [scores["parsed"], scores["stopped"]]
             for field in self.scorer.fields:
@@ -428,36 +439,58 @@ def evaluate(recipe: Recipe) -> Evaluation:
         ValueError: If nothing was trained there, or the recipe is not the one that was.
     """
     check_machine(recipe)
-    folder = Path(str(recipe.training.output_dir))
-    trained = [*folder.glob("adapter_config.json"), *folder.glob("model*.safetensors")]
-    if not trained:
-        raise ValueError(
-            f"output_dir: {str(folder)!r} holds no trained model (adapter_config.json or model.safetensors). Train "
-            f"first: accelerate launch sft_phi3v/run.py {recipe.path}"
-        )
-    changed = [key for key in differences(folder / "recipe.yaml", recipe) if not RESCORABLE.fullmatch(key)]
-    if changed:
-        raise ValueError(
-            f"output_dir: {str(folder)!r} was trained by another recipe (it differs in {', '.join(changed)}): "
-            f"these would not be that model's scores. Score it with its own: {folder / 'recipe.yaml'}"
-        )
+    folder = trained_folder(recipe)
     collator, train_rows, held_out_rows = prepare(recipe)
     evaluation = Evaluation(recipe, collator.processor, train_rows, held_out_rows)
-    model = _on_device(load_model(recipe))
-    evaluation.run("before", model)
-    if trained[0].name == "adapter_config.json":
-        model = PeftModel.from_pretrained(model, folder)
-    else:
-        model = _on_device(load_model(recipe, str(folder)))
+    evaluation.run("before", on_device(load_model(recipe)))
+    model = load_trained(recipe, folder)
     evaluation.run("after", model)
     evaluation.run("after_shuffled", model, shuffled=True)
     evaluation.write()
     return evaluation
 
 
-def _on_device(model: Phi3VForCausalLM) -> Phi3VForCausalLM:
-    """Quantised models are loaded where they belong; others the trainer would have moved."""
-    return model if model.config.to_dict().get("quantization_config") else model.to(PartialState().device)
+def trained_folder(recipe: Recipe) -> Path:
+    """
+    Where the trained model lies: the recipe's `adapter`, or its `output_dir`.
+
+    Args:
+        recipe ([`Recipe`]): The recipe that was trained.
+
+    Returns:
+        `Path`: A folder with an adapter, or with all weights of a full fine-tuning.
+
+    Raises:
+        ValueError: If nothing was trained there, or the recipe is not the one that was.
+    """
+    key, folder = "output_dir", Path(str(recipe.training.output_dir))
+    if recipe.publish.adapter:
+        key, folder = "adapter", Path(recipe.publish.adapter).expanduser()
+    if not [*folder.glob("adapter_config.json"), *folder.glob("model*.safetensors")]:
+        raise ValueError(
+            f"{key}: {str(folder)!r} holds no trained model (adapter_config.json or model.safetensors). Train "
+            f"first: accelerate launch sft_phi3v/run.py {recipe.path}"
+        )
+    saved = run_file(folder, "recipe.yaml")
+    changed = [key for key in differences(saved, recipe) if not RESCORABLE.fullmatch(key)]
+    if changed:
+        raise ValueError(
+            f"{key}: {str(folder)!r} was trained by another recipe (it differs in {', '.join(changed)}): these would "
+            f"not be that model's scores. Use its own: {saved}"
+        )
+    record = folder / "adapter_config.json"
+    base = json.loads(record.read_text("utf-8"))["base_model_name_or_path"] if record.is_file() else None
+    if base not in (None, recipe.model.model_name_or_path):
+        raise ValueError(
+            f"{key}: the adapter in {str(folder)!r} was trained on {base!r} (it records so), and the recipe says "
+            f"`model_name_or_path: {recipe.model.model_name_or_path}`: it fits no other model. Write that one."
+        )
+    return folder
+
+
+def run_file(folder: Path, name: str) -> Path:
+    """A file of the run that a folder belongs to; a checkpoint's lies one folder up."""
+    return folder.parent / name if folder.name.startswith("checkpoint-") else folder / name
 
 
 def answers(rows: Dataset, recipe: Recipe) -> list[str]:

@@ -8,12 +8,15 @@ on the model itself and printed before training, because the usual options miss 
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import bitsandbytes
 import torch
-from peft import LoraConfig
+from accelerate import PartialState
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
@@ -70,13 +73,17 @@ def load_processor(recipe: Recipe) -> Phi3VProcessor:
     )
 
 
-def load_model(recipe: Recipe, folder: str | None = None) -> Phi3VForCausalLM:
+def load_model(
+    recipe: Recipe, folder: str | None = None, *, revision: str | None = None, quantised: bool = True
+) -> Phi3VForCausalLM:
     """
     Loads the base model, quantised as the recipe says, and checks that the weights were all there.
 
     Args:
         recipe ([`Recipe`]): Names the model, its dtype, quantisation and attention.
         folder (`str`, *optional*): Loads these weights instead, as a full fine-tuning leaves them.
+        revision (`str`, *optional*): Commit of the base model, where the recipe's `model_revision` has moved on.
+        quantised (`bool`, *optional*, defaults to `True`): `False` loads the weights as they were published.
 
     Returns:
         [`Phi3VForCausalLM`]: The base model, without adapter.
@@ -85,13 +92,15 @@ def load_model(recipe: Recipe, folder: str | None = None) -> Phi3VForCausalLM:
         ValueError: If the folder lacks weights of the model.
     """
     load_config(recipe)
+    # TRL and PEFT still ask under the name that transformers has moved on from.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     dtype = recipe.model.dtype
     model, loading = Phi3VForCausalLM.from_pretrained(
         folder or recipe.model.model_name_or_path,
-        revision=None if folder else recipe.model.model_revision,
+        revision=None if folder else revision or recipe.model.model_revision,
         dtype=dtype if dtype in ("auto", None) else getattr(torch, dtype),
         attn_implementation=recipe.model.attn_implementation,
-        quantization_config=quantization_config(recipe),
+        quantization_config=quantization_config(recipe) if quantised else None,
         # Left alone, transformers puts a quantised model on the GPU, whatever the trainer does.
         device_map={"": "cpu"} if recipe.training.use_cpu else None,
         output_loading_info=True,
@@ -102,6 +111,31 @@ def load_model(recipe: Recipe, folder: str | None = None) -> Phi3VForCausalLM:
             f"{missing[0]!r}: they would start from random numbers. The download may be incomplete."
         )
     return model
+
+
+def load_trained(recipe: Recipe, folder: Path, *, quantised: bool = True) -> PeftModel | Phi3VForCausalLM:
+    """
+    Loads what a run trained: the adapter on the base model that it records, or the whole model of a full fine-tuning.
+
+    Args:
+        recipe ([`Recipe`]): The recipe of the run.
+        folder (`Path`): Holds the adapter, or the weights.
+        quantised (`bool`, *optional*, defaults to `True`):
+            Whether the base model is quantised, as it was in training. If not, the adapter meets other weights.
+
+    Returns:
+        `PeftModel` or [`Phi3VForCausalLM`]: The model, on its device, for inference.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        return on_device(load_model(recipe, str(folder))).eval()
+    record = PeftConfig.from_pretrained(folder)
+    base = on_device(load_model(recipe, revision=record.revision, quantised=quantised))
+    return PeftModel.from_pretrained(base, folder).eval()
+
+
+def on_device(model: Phi3VForCausalLM) -> Phi3VForCausalLM:
+    """Quantised models are loaded where they belong; others the trainer would have moved."""
+    return model if model.config.to_dict().get("quantization_config") else model.to(PartialState().device)
 
 
 def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
@@ -137,6 +171,7 @@ def lora_config(recipe: Recipe, model: Phi3VForCausalLM) -> LoraConfig | None:
     config = get_peft_config(recipe.model)
     if config is None:
         return None
+    config.revision = model.config._commit_hash  # the commit of a base from the Hub: "main" moves on
     if recipe.model.lora_target_modules is None:
         config.target_modules = target_pattern(recipe.task.adapt, model)
     else:

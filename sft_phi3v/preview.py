@@ -106,13 +106,14 @@ def print_once(text: str) -> None:
         print(text, flush=True)
 
 
-def prepare(recipe: Recipe) -> tuple[Collator, Dataset | Stream, Dataset]:
+def prepare(recipe: Recipe, *, show: bool = True) -> tuple[Collator, Dataset | Stream, Dataset]:
     """
     Reads and checks everything that costs no GPU time, and shows it. Of a stream it reads the first rows; the others
     are checked when they come.
 
     Args:
         recipe ([`Recipe`]): The recipe.
+        show (`bool`, *optional*, defaults to `True`): Whether to print the counts and an example.
 
     Returns:
         `tuple[Collator, Dataset | Stream, Dataset]`: The collator; the rows to train on; the held-out rows.
@@ -132,13 +133,14 @@ def prepare(recipe: Recipe) -> tuple[Collator, Dataset | Stream, Dataset]:
         check_rows(rows, recipe)
     train, lengths = fitting(train, recipe, collator)
     held_out, _ = fitting(held_out, recipe, collator)
-    total = len(train) if stream is None else len(stream)
-    print_once(f"\n{data_table(lengths, total, len(held_out))}\n")
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    legend = "green is supervised" if colour else "⟦supervised⟧"
-    example = to_examples(train, recipe)[0]
-    print_once(f"row {example['row']} as the model reads it ({legend}):")
-    print_once(f"{masked_example(example, collator, colour=colour)}\n")
+    if show:
+        total = len(train) if stream is None else len(stream)
+        print_once(f"\n{data_table(lengths, total, len(held_out))}\n")
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        legend = "green is supervised" if colour else "⟦supervised⟧"
+        example = to_examples(train, recipe)[0]
+        print_once(f"row {example['row']} as the model reads it ({legend}):")
+        print_once(f"{masked_example(example, collator, colour=colour)}\n")
     if stream is None:
         return collator, train, held_out
     if recipe.task.overlong == "drop" and collator.max_length is not None:

@@ -1,8 +1,8 @@
 """A recipe is one flat YAML file that fixes one run: the model, the data, the training and where the result goes.
 
 Every key is a field of TRL's `ScriptArguments`, `ModelConfig` or `SFTConfig`, `datasets` (a mixture, as TRL's
-`DatasetMixtureConfig` has it), or one of our own in [`TaskArguments`]
-and [`PrepareArguments`]. The command line overrides the file, so this trains the Burberry recipe with four crops per
+`DatasetMixtureConfig` has it), or one of our own in [`TaskArguments`],
+[`PrepareArguments`] and [`PublishArguments`]. The command line overrides the file, so this trains the Burberry recipe with four crops per
 picture:
 
 ```python
@@ -170,9 +170,67 @@ class PrepareArguments:
             raise ValueError(f"`push` is {self.push!r}, expected a Hub id such as user/name.")
 
 
+@dataclass
+class PublishArguments:
+    """The keys of `python -m sft_phi3v.merge` and `python -m sft_phi3v.hub`. `hub_*` are TRL's."""
+
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder of the adapter to merge or publish. null: `output_dir`."}
+    )
+    merge_base: Literal["quantised", "original"] = field(
+        default="quantised",
+        metadata={
+            "help": "What the adapter is merged into: the quantised weights that it was trained on, or the published "
+            "ones, which it has never met."
+        },
+    )
+    compare_bases: bool = field(
+        default=False, metadata={"help": "Merge into the other base as well, score both, and show what it costs."}
+    )
+    merge_rows: int | None = field(
+        default=32,
+        metadata={
+            "help": "Held-out rows on which the merged model is compared with the trained one. null: all `eval_rows`."
+        },
+    )
+    merge_tolerance: float = field(
+        default=0.02,
+        metadata={
+            "help": "Most that the merged model may differ: relative error of its logits, share of other next tokens, "
+            "and change of any score (one row is always allowed)."
+        },
+    )
+    what: Literal["merged", "adapter", "both"] = field(
+        default="merged",
+        metadata={"help": "What is published: the merged model, the adapter, or both (the adapter in `adapter/`)."},
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "The Hub's id of the licence to publish under. null: the base model's."}
+    )
+    language: list[str] = field(
+        default_factory=lambda: ["en"], metadata={"help": "Languages of the answers, for the model card."}
+    )
+    card_examples: int = field(
+        default=4, metadata={"help": "Held-out pictures that the model card shows, with reference and completion."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Show what would be published, and publish nothing."})
+    replace: bool = field(
+        default=False, metadata={"help": "Publish over a repository that holds something else than this model."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.merge_rows is not None and self.merge_rows < 1:
+            raise ValueError(f"`merge_rows` is {self.merge_rows}, expected 1 or more.")
+        if not 0 < self.merge_tolerance < 1:
+            raise ValueError(f"`merge_tolerance` is {self.merge_tolerance}, expected a share above 0 and below 1.")
+        if self.card_examples < 0:
+            raise ValueError(f"`card_examples` is {self.card_examples}, expected 0 or more.")
+
+
 # The only defaults that differ from TRL's. Everything else a run depends on is written in its recipe.
 DEFAULTS: dict[str, Any] = {
     "activation_checkpointing": True,  # TRL's default too, but under the name that transformers 5 warns about
+    "hub_private_repo": True,  # TRL leaves it to the Hub, which publishes
     "max_length": None,  # TRL's 1024 is shorter than one picture (2,509 tokens at 16 crops)
     "remove_unused_columns": False,  # a row becomes an example only when it is read: its columns must still be there
 }
@@ -236,13 +294,15 @@ REFUSED: dict[str, str] = {
     "trust_remote_code": "the model is native here and runs no code from the Hub",
 }
 
+_PATHS = ("model_name_or_path", "dataset_name", "path", "source", "resume_from_checkpoint")
 _REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 
 # What a resumed run may change: how long it runs, what it shows and keeps, how rows are spread over devices.
 RESUMABLE = re.compile(
     r"max_steps|num_train_epochs|(save|logging|dataloader|hub)_.*|push_to_hub|report_to|run_name|disable_tqdm|"
     r"eval_strategy|eval_steps|per_device_(train|eval)_batch_size|gradient_accumulation_steps|generation_batch_size|"
-    r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare"
+    r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare|"
+    r"adapter|merge_.*|compare_bases|what|license|language|card_examples|dry_run|replace"
 )
 
 MARKUP = re.compile(r"<\|\w+\|>")  # <|image_1|>, <|end|>: what Phi-3's chat template puts around turns and pictures
@@ -259,6 +319,7 @@ class Recipe:
         training ([`~trl.SFTConfig`]): Training, evaluation, tracking, output.
         task ([`TaskArguments`]): Our own keys.
         prepare ([`PrepareArguments`]): Our own keys about making the data set.
+        publish ([`PublishArguments`]): Our own keys about merging and publishing.
         mixture ([`~trl.DatasetMixtureConfig`]): Its `datasets`, where the rows come from several; else it is empty.
         settings (`dict[str, Any]`):
             The keys as the file and the command line gave them, checked and converted, [`DEFAULTS`], and in any case
@@ -272,6 +333,7 @@ class Recipe:
     training: "SFTConfig" = field(repr=False)  # its repr shows hub_token
     task: TaskArguments
     prepare: PrepareArguments
+    publish: PublishArguments
     mixture: "DatasetMixtureConfig"
     settings: dict[str, Any] = field(repr=False)
     path: str = field(compare=False)
@@ -303,6 +365,33 @@ class Recipe:
             dumped["env"] = {name: value for name, value in dumped["env"].items() if not _is_secret(name)}
         return dumped
 
+    def public(self) -> dict[str, Any]:
+        """
+        The resolved recipe for others to read: of a local path only its last name, and nothing of this machine.
+
+        Returns:
+            `dict[str, Any]`: As [`Recipe.dump`].
+        """
+
+        def cleaned(key: str, value: Any) -> Any:
+            if isinstance(value, dict):
+                return {inner: cleaned(inner, one) for inner, one in value.items()}
+            if isinstance(value, list):
+                return [cleaned(key, one) for one in value]
+            if not isinstance(value, str) or key in ("prompt", "answer"):
+                return value
+            path = Path(value).expanduser()
+            local = path.is_absolute() or key == "output_dir" or (key in _PATHS and path.exists())
+            return path.name if local else value
+
+        left_out = {"env", "run_name", "adapter"}
+        return {key: cleaned(key, value) for key, value in self.dump().items() if key not in left_out}
+
+    def text(self, *, public: bool = False) -> str:
+        """The resolved recipe as the text of a file, whole or [`Recipe.public`]."""
+        keys, name = (self.public(), Path(self.path).name) if public else (self.dump(), self.path)
+        return f"# {name}, resolved\n{yaml.safe_dump(keys, sort_keys=False, allow_unicode=True, width=119)}"
+
     def save(self, output_dir: str | os.PathLike[str]) -> Path:
         """
         Write the resolved recipe ([`Recipe.dump`]), which [`load_recipe`] reads back as an equal [`Recipe`].
@@ -316,8 +405,7 @@ class Recipe:
         path = Path(output_dir, "recipe.yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")  # a run that dies here leaves no half recipe
-        text = yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True, width=119)
-        aside.write_text(f"# {self.path}, resolved\n{text}", encoding="utf-8")
+        aside.write_text(self.text(), encoding="utf-8")
         os.replace(aside, path)
         return path
 
@@ -348,7 +436,8 @@ def load_recipe(argv: list[str]) -> Recipe:
     from transformers.utils import is_torch_bf16_gpu_available
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-    parts: Any = (ScriptArguments, ModelConfig, SFTConfig, TaskArguments, PrepareArguments, DatasetMixtureConfig)
+    ours = (TaskArguments, PrepareArguments, PublishArguments)
+    parts: Any = (ScriptArguments, ModelConfig, SFTConfig, *ours, DatasetMixtureConfig)
     kinds = {name: kind for part in parts for name, kind in get_type_hints(part).items()}
     kinds["lora_target_modules"] = str | list[str] | None  # a pattern too, as TRL documents and its annotation forgets
     kinds["datasets"] = list[dict[str, Any]]  # as a file has them
@@ -381,7 +470,7 @@ def load_recipe(argv: list[str]) -> Recipe:
     if _wants_bf16(values) and not is_torch_bf16_gpu_available():
         values["use_cpu"] = True  # SFTConfig would raise here, on every machine that only looks at the recipe
     try:
-        script, model, training, task, prepare, mixture = TrlParser(parts).parse_dict(values)
+        script, model, training, task, prepare, publish, mixture = TrlParser(parts).parse_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # ModelConfig makes text of a list of one name, which PEFT then takes for a pattern that must match the whole path.
@@ -391,7 +480,7 @@ def load_recipe(argv: list[str]) -> Recipe:
         settings |= {key: getattr(model, key) for key in ("lora_r", "lora_alpha", "lora_dropout")}
     else:
         del settings["adapt"]  # without adapters it says nothing, and is refused
-    return Recipe(script, model, training, task, prepare, mixture, settings, path, shlex.join(argv))
+    return Recipe(script, model, training, task, prepare, publish, mixture, settings, path, shlex.join(argv))
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -522,7 +611,11 @@ def help_text() -> str:
         "RECIPE is a YAML file of flat keys (recipes/*.yaml); --key value overrides one of them. Our own keys:",
         "",
     ]
-    for part, opening in ((TaskArguments, []), (PrepareArguments, ["", "Of `prepare`, which makes the data set:", ""])):
+    for part, opening in (
+        (TaskArguments, []),
+        (PrepareArguments, ["", "Of `prepare`, which makes the data set:", ""]),
+        (PublishArguments, ["", "Of `merge` and `hub`, which publish what was trained:", ""]),
+    ):
         lines += opening
         for item, default in zip(fields(part), vars(part()).values(), strict=True):
             lines.append(f"  --{item.name} ({json.dumps(default)})\n      {item.metadata['help']}")
@@ -769,6 +862,11 @@ def _conflicts(settings: dict[str, Any], known: Mapping[str, Any]) -> Iterator[s
             yield "`train_sampling_strategy: batch_rebalance` needs every row's length: remove `dataset_streaming`."
         if settings.get("auto_find_batch_size"):
             yield "`auto_find_batch_size` with `dataset_streaming: true`: rows are shared out by the batch. Remove it."
+    if settings.get("hub_strategy") in ("checkpoint", "all_checkpoints"):
+        yield (
+            f"`hub_strategy: {settings['hub_strategy']}` is refused: it would publish pickled optimiser states, with "
+            "paths of this machine in them. Write every_save, which publishes each checkpoint's adapter, or end."
+        )
     if "report_to" in settings and settings["report_to"] is None:
         yield "`report_to` is null. Write none (in words) for no tracker."
 

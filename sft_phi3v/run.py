@@ -6,7 +6,6 @@ accelerate launch sft_phi3v/run.py recipes/burberry.yaml [--key value …]
 import json
 import platform
 import sys
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,6 @@ def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
     if isinstance(train_rows, Stream) and recipe.resume:
         _check_shares(recipe)
     model = load_model(recipe)
-    # TRL and PEFT still ask under the name that transformers has moved on from.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     trainer = Trainer(
         model=model,
         args=recipe.training,
