@@ -31,11 +31,13 @@ from sft_phi3v.collator import Collator
 from sft_phi3v.data import ROW, Template, number, to_examples
 from sft_phi3v.model import load_model, load_trained, on_device
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
+from sft_phi3v.phi3_v.image_processing_phi3_v import as_picture
 from sft_phi3v.preview import prepare, print_once
 from sft_phi3v.recipe import RESUMABLE, Recipe, check_machine, differences, load_recipe
 from sft_phi3v.streaming import Stream
 
 WITHIN = 0.10
+EXAMPLE_SIDE = 448  # pixels of a picture on the model card
 STREAMED = 100_000  # most answers of a stream that the baseline is made of
 # What may differ from the recipe that was trained: none of it changes what is scored against what.
 RESCORABLE = re.compile(rf"eval_rows|max_new_tokens|use_cpu|bf16|fp16|dtype|{RESUMABLE.pattern}")
@@ -390,23 +392,8 @@ class Evaluation:
 
     def table(self) -> str:
         """The scores as one table for people."""
-        header = ["", "rows", "parsed", "stopped"]
-        for field in self.scorer.fields:
-            numeric = field in self.scorer.numeric
-            header += [f"{field}: median error", f"{field}: within 10%"] if numeric else [f"{field}: exact"]
-        lines = [header]
-        first = [name for name in ("baseline", "before", "after", "after_shuffled") if name in self.metrics]
-        for name in dict.fromkeys([*first, *self.metrics]):
-            scores = self.metrics[name]
-            values = [scores["parsed"], scores["stopped"]]
-            for field in self.scorer.fields:
-                found = scores["fields"][field]
-                values += [found["median_ape"], found["within_10pct"]] if "median_ape" in found else [found["exact"]]
-            shown = ["–" if value is None else f"{100 * value:.1f}%" for value in values]
-            moved = scores.get("moved", scores["rows"])
-            label = name.replace("_", ", pictures " if moved == scores["rows"] else f", {moved} pictures ")
-            lines.append([label, str(scores["rows"]), *shown])
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        lines = score_rows(self.metrics)
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
         return "\n".join(
             "  ".join(
                 [
@@ -416,6 +403,51 @@ class Evaluation:
             )
             for line in lines
         )
+
+    def save_examples(self) -> None:
+        """Writes `card_examples` of the scored rows' pictures as `examples/ROW.jpg`, small, for the model card."""
+        folder, wanted = self.folder / "examples", self.recipe.publish.card_examples
+        if folder.is_dir() or not wanted or not PartialState().is_main_process:
+            return
+        aside = folder.with_name(f".examples.{os.getpid()}")
+        aside.mkdir(parents=True)
+        for index in random.Random(self.recipe.training.seed).sample(range(len(self.rows)), len(self.rows)):
+            images = self.examples[index]["images"]
+            if len(images) == 1 and len([*aside.iterdir()]) < wanted:
+                picture = as_picture(images[0]).convert("RGB")
+                picture.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
+                picture.save(aside / f"{self.rows[index]}.jpg", quality=85)
+        os.replace(aside, folder)
+
+
+def score_rows(metrics: dict[str, Any]) -> list[list[str]]:
+    """
+    Scores as the cells of a table.
+
+    Args:
+        metrics (`dict`): `metrics.json`, or any names with scores of the same fields.
+
+    Returns:
+        `list[list[str]]`: The header, and a row per name: its label, rows, and each score in percent.
+    """
+    fields = next(iter(metrics.values()))["fields"]
+    header = ["", "rows", "parsed", "stopped"]
+    for field, found in fields.items():
+        numeric = "median_ape" in found
+        header += [f"{field}: median error", f"{field}: within 10%"] if numeric else [f"{field}: exact"]
+    lines = [header]
+    first = [name for name in ("baseline", "before", "after", "after_shuffled") if name in metrics]
+    for name in dict.fromkeys([*first, *metrics]):
+        scores = metrics[name]
+        values = [scores["parsed"], scores["stopped"]]
+        for field in fields:
+            found = scores["fields"][field]
+            values += [found["median_ape"], found["within_10pct"]] if "median_ape" in found else [found["exact"]]
+        shown = ["–" if value is None else f"{100 * value:.1f}%" for value in values]
+        moved = scores.get("moved", scores["rows"])
+        label = name.replace("_", ", pictures " if moved == scores["rows"] else f", {moved} pictures ")
+        lines.append([label, str(scores["rows"]), *shown])
+    return lines
 
 
 def write_whole(path: Path, text: str) -> None:

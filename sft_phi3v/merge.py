@@ -30,16 +30,13 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import cached_file
 
 from sft_phi3v.collator import IGNORED, Collator
 from sft_phi3v.evaluation import Completion, Evaluation, trained_folder, write_whole
-from sft_phi3v.model import load_model, load_trained
+from sft_phi3v.model import base_file, load_model, load_trained
 from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM
 from sft_phi3v.preview import prepare
 from sft_phi3v.recipe import Recipe, check_machine, load_recipe
-
-Model = Phi3VForCausalLM | PeftModel
 
 REPORT = "merge_report.json"
 DTYPE = torch.bfloat16
@@ -167,7 +164,7 @@ def _write_and_observe(
     return live, observe(name, load_model(recipe, str(aside), quantised=False), rows, collator)
 
 
-def observe(name: str, model: Model, rows: Evaluation, collator: Collator) -> Observed:
+def observe(name: str, model: Phi3VForCausalLM | PeftModel, rows: Evaluation, collator: Collator) -> Observed:
     """
     Args:
         name (`str`): What the scores are called in the table.
@@ -245,7 +242,7 @@ def _flat_scores(scores: dict[str, Any]) -> dict[str, float]:
     return flat
 
 
-def write_model(model: Model, folder: Path) -> None:
+def write_model(model: Phi3VForCausalLM | PeftModel, folder: Path) -> None:
     """
     Writes a model with its adapter merged: bfloat16, in shards, under Microsoft's names.
 
@@ -349,25 +346,12 @@ def _merged_weight(layer: LoraLayer) -> torch.Tensor:
 
 def _complete(recipe: Recipe, collator: Collator, folder: Path) -> None:
     """Adds what a folder needs beside the weights to be used by others."""
-    collator.processor.save_pretrained(folder)
+    collator.processor.save_pretrained(str(folder))
     (folder / "recipe.yaml").write_text(recipe.text(public=True), encoding="utf-8")
     for name in LICENCES:
         found = base_file(recipe, name)
         if found is not None:
             shutil.copyfile(found, folder / name)
-
-
-def base_file(recipe: Recipe, name: str) -> Path | None:
-    """A file of the base model, from its folder, the local cache or the Hub; `None` if there is none to be had."""
-    found = cached_file(
-        str(recipe.model.model_name_or_path),
-        name,
-        revision=recipe.model.model_revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if found is None else Path(found)
 
 
 def file_hashes(folder: Path, *patterns: str) -> dict[str, str]:

@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
+from transformers.utils import cached_file
 from trl import get_peft_config, get_quantization_config
 
 from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
@@ -63,6 +64,19 @@ def load_config(recipe: Recipe) -> Phi3VConfig:
             "Phi-3.5-vision, or one fine-tuned from them)."
         )
     return config
+
+
+def base_file(recipe: Recipe, name: str) -> Path | None:
+    """A file of the base model, from its folder, the local cache or the Hub; `None` if there is none to be had."""
+    found = cached_file(
+        str(recipe.model.model_name_or_path),
+        name,
+        revision=recipe.model.model_revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
 
 
 def load_processor(recipe: Recipe) -> Phi3VProcessor:
@@ -171,12 +185,17 @@ def lora_config(recipe: Recipe, model: Phi3VForCausalLM) -> LoraConfig | None:
     config = get_peft_config(recipe.model)
     if config is None:
         return None
-    config.revision = model.config._commit_hash  # the commit of a base from the Hub: "main" moves on
+    config.revision = base_commit(model.config)
     if recipe.model.lora_target_modules is None:
         config.target_modules = target_pattern(recipe.task.adapt, model)
     else:
         _check_targets(recipe, model)
     return config
+
+
+def base_commit(config: Phi3VConfig) -> str | None:
+    """The commit that a base model from the Hub was loaded at ("main" moves on); `None` for a folder."""
+    return getattr(config, "_commit_hash", None)  # transformers sets it on what comes from the Hub only
 
 
 def target_pattern(parts: Sequence[str], model: Phi3VForCausalLM) -> str:

@@ -2,8 +2,8 @@
 
 Every key is a field of TRL's `ScriptArguments`, `ModelConfig` or `SFTConfig`, `datasets` (a mixture, as TRL's
 `DatasetMixtureConfig` has it), or one of our own in [`TaskArguments`],
-[`PrepareArguments`] and [`PublishArguments`]. The command line overrides the file, so this trains the Burberry recipe with four crops per
-picture:
+[`PrepareArguments`] and [`PublishArguments`]. The command line overrides the file, so this trains the Burberry recipe
+with four crops per picture:
 
 ```python
 >>> recipe = load_recipe(["recipes/burberry.yaml", "--num_crops", "4", "--learning_rate", "1e-4"])
@@ -384,7 +384,7 @@ class Recipe:
             local = path.is_absolute() or key == "output_dir" or (key in _PATHS and path.exists())
             return path.name if local else value
 
-        left_out = {"env", "run_name", "adapter"}
+        left_out = {"env", "run_name", "push", *vars(self.publish)}
         return {key: cleaned(key, value) for key, value in self.dump().items() if key not in left_out}
 
     def text(self, *, public: bool = False) -> str:

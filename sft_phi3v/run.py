@@ -5,6 +5,7 @@ accelerate launch sft_phi3v/run.py recipes/burberry.yaml [--key value …]
 
 import json
 import platform
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -13,14 +14,19 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from huggingface_hub import CommitOperationAdd, HfApi
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
+from transformers.utils import PushInProgress
 from trl import SFTTrainer
 
+from sft_phi3v.card import render_card
 from sft_phi3v.data import to_examples
 from sft_phi3v.evaluation import Evaluation, write_whole
-from sft_phi3v.model import landing_table, load_model, lora_config
+from sft_phi3v.hub import check_for_leaks, for_client, trained_files
+from sft_phi3v.model import base_commit, landing_table, load_model, lora_config
+from sft_phi3v.phi3_v import Phi3VConfig
 from sft_phi3v.prepare import prepare as prepare_data
 from sft_phi3v.preview import prepare, print_once
 from sft_phi3v.recipe import Recipe, check_machine, check_output_dir, differences, load_recipe
@@ -60,6 +66,7 @@ def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
         peft_config=lora_config(recipe, model),
         callbacks=[Resume()],
     )
+    trainer.recipe = recipe
     # TRL turns the adapter of a quantised model into bfloat16, but PEFT reads a checkpoint back as float32: a resumed
     # run would go on in another precision than the one that was cut. Small updates need float32 in any case.
     if isinstance(trainer.model, PeftModel):
@@ -69,7 +76,7 @@ def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
     print_once(f"{landing_table(trainer.model)}\n")
     if trainer.is_world_process_zero():
         recipe.save(str(recipe.training.output_dir))
-        _save_environment(recipe)
+        _save_environment(recipe, trainer.model.config, len(train_rows), len(held_out_rows))
     return trainer, Evaluation(recipe, collator.processor, train_rows, held_out_rows)
 
 
@@ -95,16 +102,71 @@ def train(recipe: Recipe, trainer: "Trainer", evaluation: Evaluation) -> None:
     evaluation.run("after", trainer.model)
     evaluation.run("after_shuffled", trainer.model, shuffled=True)
     evaluation.write()
+    evaluation.save_examples()
     if recipe.training.report_to:
         trainer.log(_flat(evaluation.metrics))
+    trainer.create_model_card()
+    if recipe.training.push_to_hub:
+        trainer.push_to_hub("With scores")
     print_once(f"\n{evaluation.table()}\n\nadapter, scores and completions: {recipe.training.output_dir}")
 
 
 class Trainer(SFTTrainer):
-    """TRL's trainer, with an evaluation loss that is a mean over supervised tokens.
+    """TRL's trainer, with an evaluation loss that is a mean over supervised tokens, and with our card.
 
     A mean of batch means would move with the evaluation batch size, and weigh a three-token answer like a long one.
+    What `push_to_hub: true` publishes while it trains is what [`~sft_phi3v.hub.trained_files`] says, where transformers
+    would upload the folder: pickled arguments with the token in them, and paths of this machine.
     """
+
+    recipe: Recipe
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_world_process_zero():
+            write_whole(Path(str(self.args.output_dir), "README.md"), self._card())
+
+    def _card(self) -> str:
+        repo = self.hub_model_id if self.args.push_to_hub else self.recipe.training.hub_model_id
+        folder = Path(str(self.args.output_dir))
+        return render_card(
+            self.recipe, folder, repo=repo or folder.name, adapter_only=isinstance(self.model, PeftModel)
+        )
+
+    def push_to_hub(self, commit_message: str | None = "End of training", *args: Any, **kwargs: Any) -> None:
+        self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            self._finish_current_push()
+            self._publish(Path(str(self.args.output_dir)), str(commit_message))
+            self._finish_current_push()
+            self._report_failed_push()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is None or self.push_in_progress.is_done() or self.args.hub_always_push:
+            self._report_failed_push()
+            self._publish(Path(checkpoint_folder), f"Training in progress, step {self.state.global_step}")
+
+    def _publish(self, folder: Path, message: str) -> None:
+        """Begins to upload; training goes on meanwhile."""
+        files = trained_files(self.recipe, folder)
+        files |= {"README.md": self._card().encode(), "recipe.yaml": self.recipe.text(public=True).encode()}
+        check_for_leaks(files, str(self.args.hub_token or ""))
+        job = HfApi(token=self.args.hub_token).create_commit(
+            self.hub_model_id,
+            [CommitOperationAdd(name, for_client(content)) for name, content in files.items()],
+            commit_message=message,
+            revision=self.args.hub_revision,
+            run_as_future=True,
+        )
+        self.push_in_progress = PushInProgress([job])
+
+    def _report_failed_push(self) -> None:
+        """The Hub must not stop a run that is going well: what it refuses is said, and is tried again with the next."""
+        for job in self.push_in_progress.jobs if self.push_in_progress is not None else ():
+            if (error := job.exception()) is not None:
+                print(f"hub: this was not published: {str(error).strip().splitlines()[0]}", flush=True)
+        self.push_in_progress = None
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         stream = dataloader.dataset  # it has the length of this process's share
@@ -145,8 +207,11 @@ def _check_shares(recipe: Recipe) -> None:
         )
 
 
-def _save_environment(recipe: Recipe) -> None:
+def _save_environment(recipe: Recipe, config: Phi3VConfig, train: int, held_out: int) -> None:
     """Writes what the run ran on; versions are what a later surprise is compared with first."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
     packages = (
         "torch",
         "transformers",
@@ -163,6 +228,9 @@ def _save_environment(recipe: Recipe) -> None:
         "packages": {package: version(package) for package in packages},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "processes": PartialState().num_processes,
+        "rows": {"train": train, "held_out": held_out},
+        "base_revision": base_commit(config),
+        "commit": commit or None,
     }
     folder = Path(str(recipe.training.output_dir))
     write_whole(folder / "environment.json", json.dumps(environment, indent=2) + "\n")

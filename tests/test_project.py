@@ -25,6 +25,8 @@ LAYERS = [
     ["deciding"],
     ["prepare", "preview"],
     ["evaluation"],
+    ["merge", "card"],
+    ["hub", "generate"],
     ["run"],
     ["demo", "tiny_base"],
 ]

@@ -1,0 +1,189 @@
+"""The model card: what was trained, on what, how well it does, shown on pictures, and how to use it.
+
+Everything in it is read from the files that a run leaves behind, so that training, merging and publishing give the same
+card. It names no path of this machine.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from sft_phi3v.evaluation import run_file, score_rows
+from sft_phi3v.model import base_file
+from sft_phi3v.recipe import Recipe
+
+TEMPLATE = Path(__file__).with_name("model_card.jinja")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def render_card(
+    recipe: Recipe, folder: Path, *, repo: str, adapter_only: bool = False, merge: dict[str, Any] | None = None
+) -> str:
+    """
+    Args:
+        recipe ([`Recipe`]): The recipe of the run.
+        folder (`Path`): What the run left: metrics, completions, examples, environment. What is missing is left out.
+        repo (`str`): Hub id under which it is published.
+        adapter_only (`bool`, *optional*, defaults to `False`): Whether the files are an adapter's.
+        merge (`dict`, *optional*): The merged model's `merge_report.json`.
+
+    Returns:
+        `str`: The text of README.md.
+    """
+    metrics = _read(folder, "metrics.json") or {}
+    if (
+        merge is not None
+        and merge["merged_into"] == "original"
+        and merge["scores"]["merged"] != merge["scores"]["trained"]
+    ):
+        # These weights were never trained: only their own scores are theirs.
+        metrics = {name: scores for name, scores in metrics.items() if not name.startswith("after")}
+        metrics |= {"after": merge["scores"]["merged"]}
+    base = recipe.public()["model_name_or_path"]
+    data = [_public_data(recipe, name) for name in _data(recipe)]
+    numbers = [(name, score) for name, score in _flat(metrics.get("after")) if score is not None]
+    card_data = ModelCardData(
+        model_name=repo.split("/")[-1],
+        base_model=base if HUB_ID.fullmatch(base) else None,
+        base_model_relation=("adapter" if adapter_only else "finetune") if HUB_ID.fullmatch(base) else None,
+        datasets=[name for name in data if HUB_ID.fullmatch(name)] or None,
+        language=recipe.publish.language or None,
+        library_name="peft" if adapter_only else "transformers",
+        license=licence(recipe),
+        pipeline_tag="image-text-to-text",
+        tags=["phi3_v", "sft", "trl", "sft_phi3v", *(["lora"] if recipe.model.use_peft else [])],
+        eval_results=[
+            EvalResult(
+                task_type="image-text-to-text",
+                dataset_type=data[0],
+                dataset_name=f"{', '.join(data)} (held-out rows)",
+                metric_type=re.sub(r"\W+", "_", name),
+                metric_name=name,
+                metric_value=round(score, 4),
+            )
+            for name, score in numbers
+        ]
+        or None,
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        name=repo.split("/")[-1],
+        repo=repo,
+        base=f"[{base}](https://huggingface.co/{base})" if HUB_ID.fullmatch(base) else base,
+        data=", ".join(
+            f"[{name}](https://huggingface.co/datasets/{name})" if HUB_ID.fullmatch(name) else name for name in data
+        ),
+        rows=f"{rows['train']:,} " if (rows := (_read(folder, "environment.json") or {}).get("rows")) else "",
+        prompt=recipe.task.prompt,
+        answer=recipe.task.answer,
+        max_new_tokens=recipe.task.max_new_tokens,
+        adapter_only=adapter_only,
+        quantisation=_quantisation(recipe),
+        scored_rows=metrics["after"]["rows"] if "after" in metrics else 0,
+        scores=_markdown(score_rows(metrics)) if "after" in metrics else "",
+        examples=_examples(folder),
+        merge=merge,
+        merge_scores=_markdown(score_rows(merge["scores"])) if merge else "",
+        facts=_facts(recipe, folder),
+    )
+    return str(card)
+
+
+def licence(recipe: Recipe) -> str | None:
+    """The licence to publish under: the recipe's `license`, or the one that the base model's card names."""
+    if recipe.publish.license:
+        return recipe.publish.license
+    found = base_file(recipe, "README.md")
+    return ModelCard.load(found, ignore_metadata_errors=True).data.license if found is not None else None
+
+
+def _data(recipe: Recipe) -> list[str]:
+    return [entry.path for entry in recipe.mixture.datasets] or [
+        str(recipe.prepare.source or recipe.script.dataset_name)
+    ]
+
+
+def _public_data(recipe: Recipe, name: str) -> str:
+    """A Hub id as it is; of a path only its last name."""
+    return Path(name).name if Path(name).expanduser().exists() or not HUB_ID.fullmatch(name) else name
+
+
+def _flat(scores: dict[str, Any] | None) -> list[tuple[str, float | None]]:
+    """Names and values of a model's scores, as the Hub's metadata want them."""
+    if scores is None:
+        return []
+    found: list[tuple[str, float | None]] = [("parsed", scores["parsed"]), ("stopped", scores["stopped"])]
+    return found + [
+        (f"{field} {kind}", value) for field, kinds in scores["fields"].items() for kind, value in kinds.items()
+    ]
+
+
+def _examples(folder: Path) -> list[dict[str, str]]:
+    """Rows whose pictures were kept, with reference and completion, as cells of a table."""
+    completions = run_file(folder, "completions.jsonl")
+    if not completions.is_file():
+        return []
+    found = []
+    for line in map(json.loads, completions.read_text(encoding="utf-8").splitlines()):
+        picture = run_file(folder, "examples") / f"{line['row']}.jpg"
+        if picture.is_file() and "after" in line:
+            cells = {"reference": line["reference"], "completion": line["after"]["text"]}
+            found.append({"row": str(line["row"])} | {key: _cell(text) for key, text in cells.items()})
+    return found
+
+
+def _cell(text: str) -> str:
+    """Any text as one cell of a Markdown table."""
+    text = re.sub(r"([\\`*_{}\[\]<>|~#])", r"\\\1", text)
+    return " ".join(text.split())
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    header, *rows = [f"| {' | '.join(map(_cell, line))} |" for line in lines]
+    return "\n".join([header, "|---" + "|---:" * (len(lines[0]) - 1) + "|", *rows])
+
+
+def _quantisation(recipe: Recipe) -> str:
+    if recipe.model.load_in_4bit:
+        nested = ", double quantisation" if recipe.model.use_bnb_nested_quant else ""
+        return f"4-bit {recipe.model.bnb_4bit_quant_type}{nested}"
+    return "8-bit" if recipe.model.load_in_8bit else f"{recipe.model.dtype}"
+
+
+def _facts(recipe: Recipe, folder: Path) -> list[tuple[str, str]]:
+    """What was run, how long, and on what."""
+    facts = [("base model", recipe.public()["model_name_or_path"])]
+    environment, state = _read(folder, "environment.json") or {}, _read(folder, "trainer_state.json") or {}
+    if revision := environment.get("base_revision"):
+        facts.append(("its commit", revision))
+    method = (
+        f"LoRA of rank {recipe.model.lora_r} on {', '.join(recipe.task.adapt)}"
+        if recipe.model.use_peft
+        else "all weights"
+    )
+    facts.append(("method", f"{method}; base weights {_quantisation(recipe)}"))
+    history: dict[str, Any] = {}
+    for entry in state.get("log_history", []):
+        history |= entry
+    if steps := state.get("global_step"):
+        facts.append(("steps", f"{steps:,} ({history.get('epoch', 0):.3g} epochs)"))
+    if tokens := history.get("num_tokens"):
+        facts.append(("tokens", f"{tokens:,.0f}, those of pictures among them"))
+    if seconds := history.get("train_runtime"):
+        facts.append(("time", f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min"))
+    if device := environment.get("device"):
+        facts.append(("hardware", f"{environment['processes']} × {device}"))
+    if packages := environment.get("packages"):
+        facts.append(("versions", ", ".join(f"{name} {number}" for name, number in packages.items())))
+    if commit := environment.get("commit"):
+        facts.append(("commit of sft_phi3v", commit))
+    return facts
+
+
+def _read(folder: Path, name: str) -> dict[str, Any] | None:
+    path = run_file(folder, name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
