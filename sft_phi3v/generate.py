@@ -1,0 +1,357 @@
+"""Using what was trained: pictures in, answers out.
+
+python -m sft_phi3v.generate --model outputs/tiny picture.jpg              # one: it answers as it writes
+python -m sft_phi3v.generate --model me/my-model pictures/ --output answers.jsonl
+
+`--model` is an adapter's folder, a merged folder, a base model, or any of these on the Hub. The recipe that lies in it
+says what to ask, and reads the answer's fields back.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import torch
+from peft import PeftConfig, PeftModel
+from PIL import Image
+from tqdm import tqdm
+from transformers import TextStreamer
+from transformers.utils import cached_file
+
+from sft_phi3v.data import Template
+from sft_phi3v.evaluation import Completion, generate
+from sft_phi3v.model import load_model, on_device
+from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
+from sft_phi3v.recipe import Recipe, TaskArguments, load_recipe
+
+CHUNK = 4  # batches of pictures that are in memory at once, sorted among each other by length
+ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--dtype", "float32"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """
+    A model that is ready to answer.
+
+    Args:
+        model ([`Phi3VForCausalLM`] or `PeftModel`): On its device.
+        processor ([`Phi3VProcessor`]): Its processor.
+        task ([`TaskArguments`]): What the recipe beside it says to ask, and how to read the answer; else the defaults.
+    """
+
+    model: Phi3VForCausalLM | PeftModel
+    processor: Phi3VProcessor
+    task: TaskArguments
+
+
+def load(name: str, *, base_model: str | None = None, num_crops: int | None = None) -> Loaded:
+    """
+    Loads anything that answers.
+
+    Args:
+        name (`str`): Folder or Hub id of an adapter, a merged model or a base model.
+        base_model (`str`, *optional*): Where an adapter's base model lies, if not where the adapter says.
+        num_crops (`int`, *optional*): Most crops per picture, if not as in training.
+
+    Returns:
+        [`Loaded`]: The model, its processor and its recipe's task.
+
+    Raises:
+        ValueError: If there is no such model, or an adapter's recipe or base model is missing.
+    """
+    adapter = _file(name, "adapter_config.json")
+    if adapter is None and _file(name, "config.json") is None:
+        raise ValueError(
+            f"--model: {name!r} holds neither adapter_config.json nor config.json. Expected a folder that training or "
+            "merging wrote, or a Hub id (and a network, or the model in the local cache)."
+        )
+    cpu, recipe_file = not torch.accelerator.is_available(), _file(name, "recipe.yaml")
+    recipe = _recipe(recipe_file, adapter, cpu, base_model) if recipe_file is not None else None
+    processor = Phi3VProcessor.from_pretrained(name, num_crops=num_crops)
+    model: Phi3VForCausalLM | PeftModel
+    if adapter is None:
+        dtype = torch.float32 if cpu else torch.bfloat16
+        model = on_device(Phi3VForCausalLM.from_pretrained(name, dtype=dtype))
+    elif recipe is None:
+        raise ValueError(
+            f"--model: {name!r} is an adapter without recipe.yaml, so nothing says how its base model was quantised. "
+            "Put the recipe of its training there."
+        )
+    else:
+        record = PeftConfig.from_pretrained(name)
+        model = PeftModel.from_pretrained(on_device(load_model(recipe, revision=record.revision)), name)
+    return Loaded(model.eval(), processor, recipe.task if recipe is not None else TaskArguments())
+
+
+def _file(name: str, file: str) -> Path | None:
+    quiet = ("gated_repo", "missing_entries", "connection_errors")
+    try:
+        found = cached_file(name, file, **{f"_raise_exceptions_for_{what}": False for what in quiet})
+    except OSError as error:
+        raise ValueError(f"--model: {name!r} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    return None if found is None else Path(found)
+
+
+def _recipe(path: Path, adapter: Path | None, cpu: bool, base_model: str | None) -> Recipe:
+    """The recipe beside a model, for this machine, with the base model that the adapter records."""
+    overrides = ON_CPU if cpu else []
+    if adapter is not None:
+        record = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        overrides = [*overrides, "--model_name_or_path", base_model or record]
+    recipe = load_recipe([str(path), *overrides])
+    if adapter is not None and not Path(record).exists() and "/" not in record and base_model is None:
+        raise ValueError(f"The adapter's base model was the folder {record!r}. Say where it lies: --base_model FOLDER")
+    return recipe
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    What is asked.
+
+    Args:
+        source (`dict`): The line that it came from, or `{"image": path}`; kept in the answer.
+        images (`list[Path]`): Its pictures.
+        messages (`list[dict]`): The conversation so far, in TRL's format.
+    """
+
+    source: dict[str, Any]
+    images: list[Path]
+    messages: list[dict[str, Any]]
+
+
+def prompts(inputs: Sequence[str], question: str) -> Iterator[Prompt]:
+    """
+    Args:
+        inputs (sequence of `str`): Picture files, folders of pictures, and JSONL files. A line of JSONL has `image` or
+            `images` (paths, counted from the file's folder), and `prompt` or `messages`.
+        question (`str`): What to ask where a line does not say; a format string over the line's columns.
+
+    Yields:
+        [`Prompt`]: In the order of the inputs; the files of a folder by name.
+
+    Raises:
+        ValueError: If a folder holds no picture, or a line cannot be read.
+    """
+    known = set(Image.registered_extensions())
+    template = Template(question, key="prompt")
+    for given in inputs:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
+            if not files:
+                raise ValueError(f"{given}: this folder holds no pictures.")
+        elif not path.is_file():
+            raise ValueError(
+                f"{given}: there is no such file. Expected a picture, a folder of pictures, or a .jsonl file."
+            )
+        elif path.suffix.lower() in (".jsonl", ".json"):
+            yield from _lines(path, template)
+            continue
+        else:
+            files = [path]
+        for file in files:
+            yield _prompt(
+                {"image": str(file)}, [file], template.render({}) if not template.fields else _needs(template)
+            )
+
+
+def _needs(template: Template) -> NoReturn:
+    columns = ", ".join(f"{{{name}}}" for name in template.fields)
+    raise ValueError(f"The recipe's `prompt` reads {columns}: give a .jsonl file with these columns, or --prompt.")
+
+
+def _lines(path: Path, template: Template) -> Iterator[Prompt]:
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            given = line.get("images", line.get("image", []))
+            images = [path.parent / one for one in ([given] if isinstance(given, str) else given)]
+            if "messages" in line:
+                yield _conversation(line, images)
+            else:
+                yield _prompt(line, images, str(line["prompt"]) if "prompt" in line else template.render(line))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: {error}. Expected an object with `image` or `images`, and `prompt` or "
+                "`messages`."
+            ) from error
+
+
+def _prompt(source: dict[str, Any], images: list[Path], question: str) -> Prompt:
+    parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]
+    return Prompt(source, images, [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}])
+
+
+def _conversation(line: dict[str, Any], images: list[Path]) -> Prompt:
+    """Pictures without a place of their own stand before the first question, as in training."""
+    messages = [dict(message) for message in line["messages"]]
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the last of `messages` is the assistant's: there is nothing to answer")
+    placed = sum(
+        part["type"] == "image" for one in messages if not isinstance(one["content"], str) for part in one["content"]
+    )
+    if placed == 0 and images:
+        text = messages[0]["content"]
+        rest = [{"type": "text", "text": text}] if isinstance(text, str) else text
+        messages[0]["content"] = [*({"type": "image"} for _ in images), *rest]
+    elif placed != len(images):
+        raise ValueError(f"`messages` have {placed} pictures and `images` {len(images)}")
+    return Prompt(line, images, messages)
+
+
+def answers(
+    loaded: Loaded, asked: Sequence[Prompt], *, max_new_tokens: int, batch_size: int, progress: bool = True
+) -> Iterator[dict[str, Any]]:
+    """
+    Args:
+        loaded ([`Loaded`]): The model.
+        asked (sequence of [`Prompt`]): What is asked.
+        max_new_tokens (`int`): Longest answer, in tokens.
+        batch_size (`int`): Prompts answered at once.
+        progress (`bool`, *optional*): Whether to show a bar.
+
+    Yields:
+        `dict`: In order: the prompt's `source` with `text`, `stopped` and, where the recipe has an `answer`, `fields`
+        (`None` if the text has another form); or with `error`, if a picture cannot be read.
+    """
+    template = Template(loaded.task.answer) if loaded.task.answer is not None else None
+    with tqdm(total=len(asked), desc="generate", disable=not progress) as bar:
+        for start in range(0, len(asked), CHUNK * batch_size):
+            chunk = asked[start : start + CHUNK * batch_size]
+            examples, errors = [], dict[int, str]()
+            for index, prompt in enumerate(chunk):
+                try:
+                    images = [_open(path) for path in prompt.images]
+                    messages = [*prompt.messages, {"role": "assistant", "content": ""}]
+                    examples.append({"images": images, "messages": messages, "row": index})
+                except (OSError, ValueError, Image.DecompressionBombError) as error:
+                    errors[index] = str(error)
+            completions = generate(
+                loaded.model,
+                loaded.processor,
+                examples,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                progress=False,
+            )
+            found = {completion.row: completion for completion in completions}
+            for index, prompt in enumerate(chunk):
+                yield prompt.source | ({"error": errors[index]} if index in errors else _answer(found[index], template))
+            bar.update(len(chunk))
+
+
+def _answer(completion: Completion, template: Template | None) -> dict[str, Any]:
+    answer: dict[str, Any] = {"text": completion.text, "stopped": completion.stopped}
+    return answer | ({"fields": template.parse(completion.text)} if template is not None else {})
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def answer_live(loaded: Loaded, prompt: Prompt, *, max_new_tokens: int) -> None:
+    """Answers one prompt on the terminal, word by word, and shows the fields that the answer has."""
+    pictures = iter([_open(path) for path in prompt.images])
+    messages = [
+        message
+        | {
+            "content": message["content"]
+            if isinstance(message["content"], str)
+            else [part | {"image": next(pictures)} if part["type"] == "image" else part for part in message["content"]]
+        }
+        for message in prompt.messages
+    ]
+    inputs = loaded.processor.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    ).to(loaded.model.device)
+    streamer = TextStreamer(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with torch.no_grad():
+        ids = loaded.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
+    if loaded.task.answer is not None:
+        text = loaded.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        fields = Template(loaded.task.answer).parse(text)
+        print("\n".join(f"  {name}: {value}" for name, value in fields.items()) if fields else "  (another form)")
+
+
+@contextlib.contextmanager
+def _output(path: Path | None) -> Iterator[IO[str]]:
+    """Standard output, or a file that has its name only when all of it is there."""
+    if path is None:
+        yield sys.stdout
+        return
+    aside = path.with_name(f"{path.name}.part")
+    with aside.open("w", encoding="utf-8") as file:
+        yield file
+    os.replace(aside, path)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")  # without the usage, which hides it
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m sft_phi3v.generate",
+        description="Asks a trained model about pictures.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="pictures, folders of pictures, .jsonl files")
+    parser.add_argument("--model", required=True, help="an adapter's or merged folder, or a Hub id")
+    parser.add_argument("--base_model", help="where an adapter's base model lies, if it has moved")
+    parser.add_argument("--prompt", help="what to ask (default: the recipe's `prompt`)")
+    parser.add_argument("--output", metavar="FILE", help="write there; .jsonl: with fields (default: the terminal)")
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer (default: the recipe's)")
+    parser.add_argument("--batch_size", type=int, metavar="N", help="prompts at once (default: the recipe's)")
+    parser.add_argument("--num_crops", type=int, metavar="N", help="most crops per picture (default: as trained)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m sft_phi3v.generate --model MODEL INPUT …`"""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    for name in ("max_new_tokens", "batch_size", "num_crops"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}, expected 1 or more.")
+    output = Path(options.output) if options.output else None
+    if missing := [given for given in options.inputs if not Path(given).expanduser().exists()]:
+        parser.error(
+            f"{missing[0]}: there is no such file. Expected a picture, a folder of pictures, or a .jsonl file."
+        )
+    try:
+        loaded = load(options.model, base_model=options.base_model, num_crops=options.num_crops)
+        asked = list(prompts(options.inputs, options.prompt or loaded.task.prompt))
+        longest = options.max_new_tokens or loaded.task.max_new_tokens
+        if len(asked) == 1 and output is None:
+            answer_live(loaded, asked[0], max_new_tokens=longest)
+            return
+        batch_size = options.batch_size or loaded.task.generation_batch_size
+        failed = 0
+        with _output(output) as file:
+            for answer in answers(loaded, asked, max_new_tokens=longest, batch_size=batch_size):
+                failed += "error" in answer
+                if output is not None and output.suffix == ".jsonl":
+                    print(json.dumps(answer, ensure_ascii=False), file=file)
+                else:
+                    name = answer.get("image") or ", ".join(answer.get("images", [])) or "-"
+                    print(f"{name}\t{answer.get('text', 'error: ' + answer.get('error', ''))}", file=file)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if failed:
+        raise SystemExit(f"error: {failed} of {len(asked)} inputs could not be read; the answers say which and why.")
+
+
+if __name__ == "__main__":
+    main()
