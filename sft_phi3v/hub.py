@@ -30,7 +30,7 @@ from huggingface_hub import (
     get_token,
     set_client_factory,
 )
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from sft_phi3v.card import licence, render_card
@@ -66,7 +66,9 @@ TIMEOUT = 60.0  # seconds without a byte; the client's own is none at all
 WAITS = (1, 4, 15)  # seconds before another attempt at what the client itself does not try again
 PATIENCE = 300  # most seconds that a Retry-After may ask for
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
-FAILURES = (HfHubHTTPError, httpx2.HTTPError, RuntimeError, json.JSONDecodeError)  # the last: a proxy's page
+# The client wraps failed uploads and downloads into these; JSONDecodeError is what a proxy's error page ends in.
+WRAPPED = (RuntimeError, LocalEntryNotFoundError)
+FAILURES = (HfHubHTTPError, httpx2.HTTPError, json.JSONDecodeError, *WRAPPED)
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def publication(recipe: Recipe) -> Publication:
         files |= {f"{place}{name}": content for name, content in trained_files(recipe, folder).items()}
     for picture in sorted(run_file(folder, "examples").glob("*.jpg")) if recipe.publish.card_examples else []:
         files[f"examples/{picture.name}"] = picture
-    files["recipe.yaml"] = recipe.text(public=True).encode()
+    files.setdefault("recipe.yaml", recipe.text(public=True).encode())
     if licence(recipe) is None:
         raise ValueError("`license` is missing and the base model's card names none. Write one, such as: license: mit")
     card = render_card(recipe, folder, repo=repo, adapter_only=what == "adapter", merge=report)
@@ -217,7 +219,7 @@ def check_for_leaks(files: dict[str, Path | bytes], token: str = "") -> None:
     for name, content in files.items():
         if Path(name).suffix in (".safetensors", ".jpg") or Path(name).name == "tokenizer.json":
             continue
-        text = content if isinstance(content, bytes) else content.read_bytes()
+        text = (content if isinstance(content, bytes) else content.read_bytes()).replace(b"\\", b"")  # of Markdown
         found = next((path for path in sorted(here) if re.search(re.escape(path.encode()) + rb"(?![\w-])", text)), None)
         if found or SECRET.search(text) or (token and token.encode() in text):
             what = f"the path {found!r} of this machine" if found else "what looks like a secret"
@@ -416,15 +418,19 @@ def patiently(call: Callable[[], T]) -> T:
 
 def _status(error: BaseException) -> tuple[int | None, float]:
     """HTTP status, and the seconds that the Hub asks to wait. No status: it did not answer, or not as it should."""
-    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # of an upload
+    cause = _cause(error)
     if not isinstance(cause, HfHubHTTPError):
         return None, 0.0
     after = cause.response.headers.get("Retry-After", "")
     return cause.response.status_code, float(after) if after.isdigit() else 0.0
 
 
+def _cause(error: BaseException) -> BaseException:
+    return error.__cause__ if isinstance(error, WRAPPED) and error.__cause__ else error
+
+
 def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    cause = _cause(error)
     return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 

@@ -1,6 +1,7 @@
 """Fixtures that several test folders share: Microsoft's public data files, and a small stand-in for its tokenizer."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -180,33 +181,89 @@ def pictures_folder(tmp_path_factory):
     return folder
 
 
+# What trains on the CPU within seconds.
+RECIPE = {
+    "dtype": "float32",
+    "load_in_4bit": True,
+    "use_bnb_nested_quant": True,
+    "use_peft": True,
+    "lora_r": 8,
+    "answer": "Colour: {label}.",
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "max_new_tokens": 6,
+    "eval_rows": 3,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
 @pytest.fixture
 def write_recipe(tmp_path, tiny_folder, pictures_folder):
     """Writes a recipe that trains on the CPU within seconds; keyword arguments override its keys."""
 
     def write(**changes):
-        keys = {
+        keys = RECIPE | {
             "model_name_or_path": str(tiny_folder),
-            "dtype": "float32",
-            "load_in_4bit": True,
-            "use_bnb_nested_quant": True,
-            "use_peft": True,
-            "lora_r": 8,
             "dataset_name": str(pictures_folder),
-            "answer": "Colour: {label}.",
             "output_dir": str(tmp_path / "out"),
-            "max_steps": 4,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-3,
-            "max_new_tokens": 6,
-            "eval_rows": 3,
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "disable_tqdm": True,
         }
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump({key: value for key, value in (keys | changes).items() if value is not None}))
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, tiny_folder, pictures_folder):
+    """Folder of a run that is over: recipe.yaml, a 4-bit adapter that has learned something, scores, examples."""
+    from sft_phi3v import run
+
+    folder = tmp_path_factory.mktemp("trained") / "out"
+    keys = RECIPE | {
+        "model_name_or_path": str(tiny_folder),
+        "dataset_name": str(pictures_folder),
+        "output_dir": str(folder),
+        "learning_rate": 2e-2,
+    }
+    path = folder.parent / "recipe.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run.main([str(path)])
+    torch.set_num_threads(before)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def merged_run(trained_run, tmp_path_factory):
+    """Folder of that run, with its merged model."""
+    from sft_phi3v import merge
+
+    folder = tmp_path_factory.mktemp("merged") / "run"
+    shutil.copytree(trained_run, folder)
+    merge.main([str(folder / "recipe.yaml"), "--output_dir", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def finished_run(trained_run, tmp_path):
+    """A copy of that run, to be changed at will, and the arguments that name it."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained_run, folder)
+    return folder, [str(folder / "recipe.yaml"), "--output_dir", str(folder)]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the faults that tests put into the Hub came to: a table, at the end of the tests' output."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    rows = [value for report in reports for name, value in report.user_properties if name == "fault"]
+    if rows:
+        terminalreporter.section("faults of the Hub, and what came of them")
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        for row in rows:
+            terminalreporter.write_line("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)))

@@ -1,0 +1,292 @@
+"""The merged folder holds the model that was trained, says so in numbers, and is not there if it does not."""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sft_phi3v import merge, run
+from sft_phi3v.evaluation import Completion
+from sft_phi3v.model import load_trained
+from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
+from sft_phi3v.recipe import load_recipe
+
+QKV = "model.layers.0.self_attn.qkv_proj.weight"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def report(folder):
+    return json.loads((folder / "merged" / "merge_report.json").read_text())
+
+
+def hashes(folder):
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_the_weights_are_those_that_the_live_model_multiplies_by(merged_run):
+    """Worked out here from the 4-bit storage and the adapter's files; nothing of PEFT's merging is used."""
+    recipe = load_recipe([str(merged_run / "recipe.yaml")])
+    live = load_trained(recipe, merged_run).get_base_model()
+    adapter = load_file(merged_run / "adapter_model.safetensors")
+    written = load_file(merged_run / "merged" / "model.safetensors")
+    settings = json.loads((merged_run / "adapter_config.json").read_text())
+    for layer in range(2):
+        for module in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            inside = f"model.language_model.layers.{layer}.{module}"
+            stored = live.get_submodule(inside).base_layer.weight
+            weight = bitsandbytes.functional.dequantize_4bit(stored.data, stored.quant_state).float()
+            lora_a, lora_b = (adapter[f"base_model.model.{inside}.lora_{side}.weight"] for side in "AB")
+            weight += settings["lora_alpha"] / settings["r"] * (lora_b @ lora_a)
+            assert torch.equal(written[f"model.layers.{layer}.{module}.weight"], weight.bfloat16()), inside
+
+
+def test_the_folder_is_complete_and_in_microsofts_form(merged_run, tiny_folder):
+    folder = merged_run / "merged"
+    assert {path.name for path in folder.iterdir()} == {
+        *("model.safetensors", "config.json", "generation_config.json", "merge_report.json", "recipe.yaml"),
+        *("chat_template.jinja", "preprocessor_config.json", "processor_config.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    with (
+        safe_open(folder / "model.safetensors", "pt") as written,
+        safe_open(tiny_folder / "model.safetensors", "pt") as base,
+    ):
+        assert set(written.keys()) == set(base.keys())
+        for name in base.keys():  # noqa: SIM118
+            assert written.get_slice(name).get_shape() == base.get_slice(name).get_shape()
+            assert written.get_slice(name).get_dtype() == "BF16"
+        # What was never adapted is the base's, to the bit.
+        for name in ("lm_head.weight", "model.vision_embed_tokens.img_projection.0.weight", "model.norm.weight"):
+            assert torch.equal(written.get_tensor(name), base.get_tensor(name).bfloat16())
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    assert config["rope_scaling"]["type"] == "su"
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [32007, 32000]
+    text = "<|user|>\nWhat is this?<|end|>\n<|assistant|>\n"
+    before, after = Phi3VProcessor.from_pretrained(merged_run), Phi3VProcessor.from_pretrained(folder)
+    assert after(text=text)["input_ids"] == before(text=text)["input_ids"]
+    assert after.image_processor.num_crops == before.image_processor.num_crops
+    recipe = (folder / "recipe.yaml").read_text()
+    assert "/" not in re.sub(r"<\|.*?\|>", "", recipe), "a local path"
+    assert load_recipe([str(folder / "recipe.yaml")]).task.answer == "Colour: {label}."
+
+
+def test_the_report_says_what_was_compared_and_of_which_files(merged_run):
+    found = report(merged_run)
+    assert found["verified"] and not found["problems"]
+    numbers = found["against_live_adapter"]
+    assert numbers["rows"] == numbers["same_completions"] == 3
+    assert numbers["positions"] >= 20
+    assert 0 < numbers["relative_error"] < 0.01
+    assert found["scores"]["trained"] == found["scores"]["merged"]
+    files = hashes(merged_run / "merged")
+    del files["merge_report.json"]
+    assert found["files"] == files
+    assert found["adapter"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_merging_twice_gives_identical_files(merged_run, finished_run, capsys):
+    folder, argv = finished_run
+    merge.main(argv)
+    first = hashes(folder / "merged")
+    merge.main(argv)
+    assert hashes(folder / "merged") == first
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert "merged and verified" in capsys.readouterr().out
+
+
+def test_the_original_weights_fit_less_well_and_the_report_says_so(finished_run, merged_run, capsys):
+    folder, argv = finished_run
+    merge.main([*argv, "--merge_base", "original", "--compare_bases", "true"])
+    found, quantised = report(folder), report(merged_run)
+    assert found["merged_into"] == "original"
+    assert found["against_live_adapter"]["relative_error"] < 0.01  # the arithmetic is right
+    assert found["against_trained_model"]["relative_error"] > 5 * quantised["against_trained_model"]["relative_error"]
+    told = capsys.readouterr().out
+    for name in ("trained ", "merged into the original base", "merged into the quantised base"):
+        assert f"\n{name}" in told
+    assert "against the model that was trained" in told
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"adapt": ["language_model", "projector", "vision_tower"]},
+        {"adapt": ["projector"]},
+        {"load_in_4bit": None, "use_bnb_nested_quant": None},
+        {"load_in_4bit": None, "use_bnb_nested_quant": None, "use_peft": None, "lora_r": None},
+        {"bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": None},
+    ],
+    ids=lambda changes: "-".join(f"{key}={value}" for key, value in changes.items()),
+)
+def test_every_way_to_train_merges(changes, write_recipe, tmp_path, capsys):
+    path = write_recipe(**changes, max_steps=2, learning_rate=1e-2, eval_rows=1)
+    run.main([path])
+    merge.main([path])
+    numbers = report(tmp_path / "out")["against_live_adapter"]
+    assert numbers["relative_error"] < 0.01
+    written = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in written.values())
+
+
+def test_a_checkpoint_can_be_merged_instead(write_recipe, tmp_path):
+    path = write_recipe(save_steps=2, eval_rows=1)
+    run.main([path])
+    merge.main([path, "--adapter", str(tmp_path / "out" / "checkpoint-2")])
+    halfway = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    merge.main([path])
+    assert not torch.equal(load_file(tmp_path / "out" / "merged" / "model.safetensors")[QKV], halfway[QKV])
+
+
+def test_what_differs_is_not_called_merged(finished_run, monkeypatch, capsys):
+    folder, argv = finished_run
+    merge.main(argv)
+    before = hashes(folder / "merged")
+
+    def forgetful(layer):
+        return merge.dequantize_module_weight(layer.get_base_layer())
+
+    monkeypatch.setattr(merge, "_merged_weight", forgetful)
+    with pytest.raises(SystemExit, match=r"(?s)does not equal.*logits: relative error \d.*merged\.refused"):
+        merge.main(argv)
+    assert hashes(folder / "merged") == before  # an earlier one stays
+    refused = json.loads((folder / "merged.refused" / "merge_report.json").read_text())
+    assert not refused["verified"] and refused["problems"]
+
+
+def test_a_model_that_no_longer_stops_is_found():
+    def observed(*stopped):
+        scores = {"parsed": 1.0, "stopped": sum(stopped) / len(stopped), "fields": {}}
+        completions = [Completion(row, "", "", stop) for row, stop in enumerate(stopped)]
+        return merge.Observed(torch.eye(4), completions, scores)
+
+    alike = observed(*[True] * 4)
+    assert merge.differences(alike, observed(*[True] * 3, False), 0.02) == []  # one row is always allowed
+    assert merge.differences(alike, observed(True, True, False, False), 0.02) == ["stopped: 100.0% → 50.0% of 4 rows"]
+
+
+def test_the_numbers_of_a_comparison():
+    def observed(logits, texts=("a",)):
+        return merge.Observed(logits, [Completion(0, "", text, True) for text in texts], {})
+
+    logits = torch.tensor([[3.0, 1.0, -4.0], [0.0, 5.0, -5.0]])
+    shifted = logits + torch.tensor([[7.0], [0.0]])  # no probability changes
+    found = merge.compare(observed(logits, "ab"), observed(shifted, "ac"))
+    assert (found.relative_error, found.same_next_token, found.max_difference) == (pytest.approx(0, abs=1e-7), 1.0, 7.0)
+    assert (found.rows, found.same_completions, found.positions) == (2, 1, 2)
+    assert found.mean_difference == 3.5
+    other = logits.clone()
+    other[0, :2] = torch.tensor([1.0, 3.0])
+    found = merge.compare(observed(logits), observed(other))
+    assert found.same_next_token == 0.5
+    assert found.relative_error == pytest.approx((8 / 76) ** 0.5)
+    scored = {"parsed": 1.0, "stopped": 1.0, "fields": {}}
+    broken = merge.Observed(torch.full((2, 3), float("nan")), [Completion(0, "", "a", True)], scored)
+    right = merge.Observed(logits, [Completion(0, "", "a", True)], scored)
+    assert "relative error nan%" in merge.differences(right, broken, 0.02)[0]
+
+
+def test_large_models_are_sharded(finished_run, monkeypatch):
+    folder, argv = finished_run
+    merge.main(argv)
+    whole = load_file(folder / "merged" / "model.safetensors")
+    monkeypatch.setattr(merge, "SHARD_SIZE", 3_000_000)
+    merge.main(argv)
+    shards = sorted(path.name for path in (folder / "merged").glob("*.safetensors"))
+    assert len(shards) > 1 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((folder / "merged" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(shards)
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in whole.values())
+    joined = {name: weight for shard in shards for name, weight in load_file(folder / "merged" / shard).items()}
+    assert joined.keys() == whole.keys()
+    assert all(torch.equal(joined[name], whole[name]) for name in whole)
+    model, loading = Phi3VForCausalLM.from_pretrained(folder / "merged", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert model.dtype == torch.bfloat16
+
+
+def test_without_room_on_the_disk_it_does_not_begin(finished_run, monkeypatch):
+    folder, argv = finished_run
+    monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1_000_000))
+    with pytest.raises(SystemExit, match=r"takes 0\.\d GB, and the disk of .* has 0\.0 GB free"):
+        merge.main(argv)
+    assert not [path.name for path in folder.iterdir() if "merged" in path.name]
+
+
+def test_cut_while_writing_it_leaves_nothing_that_looks_merged(finished_run, monkeypatch):
+    folder, argv = finished_run
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "save_file", cut)
+        with pytest.raises(PowerCut):
+            merge.main(argv)
+    assert not (folder / "merged").exists()
+    merge.main(argv)
+    assert report(folder)["verified"]
+
+
+def test_the_base_models_licence_comes_along(finished_run, tiny_folder, tmp_path):
+    folder, argv = finished_run
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    (base / "LICENSE").write_text("Do as you like.")
+    record = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(record))
+    saved = (folder / "recipe.yaml").read_text().replace(str(tiny_folder), str(base))
+    (folder / "recipe.yaml").write_text(saved)
+    merge.main(argv)
+    assert (folder / "merged" / "LICENSE").read_text() == "Do as you like."
+
+
+def test_what_cannot_be_merged_is_said_before_anything_is_loaded(write_recipe, finished_run, tmp_path, monkeypatch):
+    folder, argv = finished_run
+    monkeypatch.setattr(merge, "load_trained", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(SystemExit, match=r"holds no trained model .* Train first: accelerate launch"):
+        merge.main([write_recipe()])
+    with pytest.raises(SystemExit, match=r"trained by another recipe .it differs in lora_r."):
+        merge.main([*argv, "--lora_r", "4"])
+    record = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "else/where"}
+    (folder / "adapter_config.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match=r"trained on 'else/where' .it records so."):
+        merge.main(argv)
+    with pytest.raises(SystemExit, match=r"`merge_tolerance` is 2.0, expected a share"):
+        merge.main([*argv, "--merge_tolerance", "2"])
+
+
+def test_a_changed_weight_is_seen_by_its_hash(merged_run, tmp_path):
+    shutil.copytree(merged_run / "merged", tmp_path / "merged")
+    path = tmp_path / "merged" / "model.safetensors"
+    before = merge.file_hashes(tmp_path / "merged", "**/*")
+    weights = load_file(path)
+    weights[QKV][0, 0] += 0.125
+    save_file(weights, path, metadata={"format": "pt"})
+    after = merge.file_hashes(tmp_path / "merged", "**/*")
+    assert {name for name in before if before[name] != after[name]} == {"model.safetensors"}
