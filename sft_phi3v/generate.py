@@ -193,16 +193,16 @@ def _prompt(source: dict[str, Any], images: list[Path], question: str) -> Prompt
 
 def _conversation(line: dict[str, Any], images: list[Path]) -> Prompt:
     """Pictures without a place of their own stand before the first question, as in training."""
-    messages = [dict(message) for message in line["messages"]]
+    messages = []
+    for message in line["messages"]:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        messages.append({"role": message["role"], "content": parts})
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last of `messages` is the assistant's: there is nothing to answer")
-    placed = sum(
-        part["type"] == "image" for one in messages if not isinstance(one["content"], str) for part in one["content"]
-    )
-    if placed == 0 and images:
-        text = messages[0]["content"]
-        rest = [{"type": "text", "text": text}] if isinstance(text, str) else text
-        messages[0]["content"] = [*({"type": "image"} for _ in images), *rest]
+    placed = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if placed == 0:
+        messages[0]["content"] = [*({"type": "image"} for _ in images), *messages[0]["content"]]
     elif placed != len(images):
         raise ValueError(f"`messages` have {placed} pictures and `images` {len(images)}")
     return Prompt(line, images, messages)
@@ -231,7 +231,7 @@ def answers(
             for index, prompt in enumerate(chunk):
                 try:
                     images = [_open(path) for path in prompt.images]
-                    messages = [*prompt.messages, {"role": "assistant", "content": ""}]
+                    messages = [*prompt.messages, {"role": "assistant", "content": [{"type": "text", "text": ""}]}]
                     examples.append({"images": images, "messages": messages, "row": index})
                 except (OSError, ValueError, Image.DecompressionBombError) as error:
                     errors[index] = str(error)
@@ -262,15 +262,10 @@ def _open(path: Path) -> Image.Image:
 def answer_live(loaded: Loaded, prompt: Prompt, *, max_new_tokens: int) -> None:
     """Answers one prompt on the terminal, word by word, and shows the fields that the answer has."""
     pictures = iter([_open(path) for path in prompt.images])
-    messages = [
-        message
-        | {
-            "content": message["content"]
-            if isinstance(message["content"], str)
-            else [part | {"image": next(pictures)} if part["type"] == "image" else part for part in message["content"]]
-        }
-        for message in prompt.messages
-    ]
+    messages = []
+    for message in prompt.messages:
+        parts = [part | {"image": next(pictures)} if part["type"] == "image" else part for part in message["content"]]
+        messages.append({**message, "content": parts})
     inputs = loaded.processor.apply_chat_template(
         messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     ).to(loaded.model.device)

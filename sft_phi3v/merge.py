@@ -110,23 +110,19 @@ def merge(recipe: Recipe) -> Path:
     rows = Evaluation(recipe, collator.processor, train_rows, held_out_rows, most=recipe.publish.merge_rows)
     rows.metrics.clear()  # of the baseline; here models are compared with each other
 
-    quantised = recipe.model.load_in_4bit or recipe.model.load_in_8bit
-    base = recipe.publish.merge_base if quantised else "original"
-    trained = observe("trained", load_trained(recipe, folder), rows, collator)
-    aside = target.with_name(".merged.writing")
-    live, merged = _write_and_observe(recipe, folder, base, aside, rows, collator)
-    live = live or trained
+    base, live, merged = write_and_observe(recipe, folder, target, rows, collator)
+    aside, trained = _aside(target, base), next(iter(live.values()))
     _complete(recipe, collator, aside)
-    problems = differences(live, merged, recipe.publish.merge_tolerance)
+    problems = differences(live[base], merged[base], recipe.publish.merge_tolerance)
     report = {
         "verified": not problems,
         "problems": problems,
         "tolerance": recipe.publish.merge_tolerance,
         "merged_into": base,
-        "against_live_adapter": asdict(compare(live, merged)),
-        "against_trained_model": asdict(compare(trained, merged)),
-        "scores": {"trained": trained.scores, "merged": merged.scores},
-        "adapter": file_hashes(folder, "adapter_*", "model*.safetensors"),
+        "against_live_adapter": asdict(compare(live[base], merged[base])),
+        "against_trained_model": asdict(compare(trained, merged[base])),
+        "scores": {"trained": trained.scores, "merged": merged[base].scores},
+        "adapter": file_hashes(folder, "adapter_config.json", "adapter_model.safetensors", "model*.safetensors"),
         "files": file_hashes(aside, "**/*"),
     }
     write_whole(aside / REPORT, json.dumps(report, indent=2) + "\n")
@@ -139,29 +135,55 @@ def merge(recipe: Recipe) -> Path:
             + f"\nIt lies in {refused}, to be looked at. The limit is `merge_tolerance: {report['tolerance']}`."
         )
     _rename(aside, target)
-    if recipe.publish.compare_bases and quantised:
-        other = "original" if base == "quantised" else "quantised"
-        _write_and_observe(recipe, folder, other, aside, rows, collator)
-        shutil.rmtree(aside)
     print(f"\n{rows.table()}\n\n{summary(target)}")
     return target
 
 
-def _write_and_observe(
-    recipe: Recipe, folder: Path, base: str, aside: Path, rows: Evaluation, collator: Collator
-) -> tuple[Observed | None, Observed]:
-    """Merges into one base; gives the behaviour of the live adapter on it, unless that is the trained model's."""
-    shutil.rmtree(aside, ignore_errors=True)  # of an attempt that was cut
+def _aside(target: Path, base: str) -> Path:
+    return target.with_name(f".{target.name}.{base}")
+
+
+def write_and_observe(
+    recipe: Recipe, folder: Path, target: Path, rows: Evaluation, collator: Collator
+) -> tuple[str, dict[str, Observed], dict[str, Observed]]:
+    """
+    Merges aside, and observes the live models and the merged ones, one model in memory at a time.
+
+    Args:
+        recipe ([`Recipe`]): The recipe of the run.
+        folder (`Path`): Holds the adapter.
+        target (`Path`): What will be called merged; the attempt lies beside it.
+        rows ([`Evaluation`]): The held-out rows.
+        collator ([`Collator`]): Makes their batches.
+
+    Returns:
+        `tuple[str, dict[str, Observed], dict[str, Observed]]`: The base that the recipe chooses, `quantised` or
+        `original`; by base the live adapter on it, first of all the one that was trained; by base the merged model.
+    """
     quantised = recipe.model.load_in_4bit or recipe.model.load_in_8bit
-    model = load_trained(recipe, folder, quantised=base == "quantised")
-    live = None
-    if quantised and base == "original":
-        live = observe("trained, on the original base", model, rows, collator)
-    write_model(model, aside)
-    del model
-    gc.collect()  # a model is full of reference cycles, and the next one needs its room
-    name = f"merged into the {base} base" if quantised else "merged"
-    return live, observe(name, load_model(recipe, str(aside), quantised=False), rows, collator)
+    bases = ["quantised", "original"] if quantised else ["original"]
+    chosen = recipe.publish.merge_base if quantised else "original"
+    wanted = bases if recipe.publish.compare_bases else [chosen]
+    live: dict[str, Observed] = {}
+    merged: dict[str, Observed] = {}
+    for base in bases:
+        aside = _aside(target, base)
+        shutil.rmtree(aside, ignore_errors=True)  # of an attempt that was cut
+        if live and base not in wanted:
+            continue
+        model = load_trained(recipe, folder, quantised=base == "quantised")
+        live[base] = observe(f"adapter on the {base} base" if live else "trained", model, rows, collator)
+        if base in wanted:
+            write_model(model, aside)
+        del model
+        gc.collect()  # a model is full of reference cycles, and the next one needs its room
+        if base in wanted:
+            name = f"merged into the {base} base" if quantised else "merged"
+            merged[base] = observe(name, load_model(recipe, str(aside), quantised=False), rows, collator)
+            gc.collect()
+        if base != chosen:
+            shutil.rmtree(aside, ignore_errors=True)
+    return chosen, live, merged
 
 
 def observe(name: str, model: Phi3VForCausalLM | PeftModel, rows: Evaluation, collator: Collator) -> Observed:

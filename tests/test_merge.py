@@ -131,12 +131,10 @@ def test_the_original_weights_fit_less_well_and_the_report_says_so(finished_run,
     "changes",
     [
         {"use_dora": True},
-        {"use_rslora": True},
+        {"use_rslora": True, "bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": None},
         {"adapt": ["language_model", "projector", "vision_tower"]},
-        {"adapt": ["projector"]},
         {"load_in_4bit": None, "use_bnb_nested_quant": None},
         {"load_in_4bit": None, "use_bnb_nested_quant": None, "use_peft": None, "lora_r": None},
-        {"bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": None},
     ],
     ids=lambda changes: "-".join(f"{key}={value}" for key, value in changes.items()),
 )
