@@ -30,8 +30,21 @@ def test_the_summary_is_made_of_the_runs_own_numbers():
     completions = [
         {"row": 17, "reference": "wanted", "before": {"text": "a caption"}, "after": {"text": "an answer"}}
     ] * 2
-    text = demo.summary(metrics, completions, "outputs/somewhere", 4.2)
-    for piece in ("0% → 97%", "1% → 91%", "2% → 83%", "13%", "12%", "22%", "4.2 minutes", "Of 2 held-out", "row 17"):
+    report = {"against_live_adapter": {"rows": 2, "same_completions": 1, "relative_error": 0.0123}}
+    text = demo.summary(metrics, completions, report, "outputs/somewhere", 4.2)
+    for piece in (
+        "0% → 97%",
+        "1% → 91%",
+        "2% → 83%",
+        "13%",
+        "12%",
+        "22%",
+        "4.2 minutes",
+        "Of 2 held-out",
+        "row 17",
+        "1 of 2",
+        "1.23%",
+    ):
         assert piece in text
     for piece in ("wanted", "a caption", "an answer", "outputs/somewhere/", "recipes/burberry.yaml"):
         assert piece in text
@@ -183,3 +196,9 @@ def test_the_demo_learns_what_it_claims(tmp_path):
     assert price["after"] >= 0.75
     assert category["after_shuffled"] <= category["baseline"] + 0.10
     assert "What happened" in result.stdout
+    report = json.loads((tmp_path / "outputs" / "tiny" / "merged" / "merge_report.json").read_text())
+    trained, merged = report["scores"]["trained"]["fields"], report["scores"]["merged"]["fields"]
+    assert report["verified"] and report["against_live_adapter"]["relative_error"] < 0.01
+    for field, scores in trained.items():  # equal within one row
+        for kind in scores.keys() & {"exact", "within_10pct"}:
+            assert abs(scores[kind] - merged[field][kind]) <= 1.001 / 192

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sft_phi3v.recipe import PrepareArguments, TaskArguments, load_recipe
+from sft_phi3v.recipe import PrepareArguments, PublishArguments, TaskArguments, load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "sft_phi3v"
@@ -129,6 +129,14 @@ def test_the_page_on_preparing_explains_every_key_and_every_reason():
     reasons = set(re.findall(r'(?:Refusal|_Passing)\(\s*"(\w+)"|reason\[row\], detail\[row\] = "(\w+)"', code))
     assert len(reasons) > 15
     assert {one or other for one, other in reasons} <= set(re.findall(r"`(\w+)`", text))
+
+
+def test_the_page_on_publishing_explains_every_key():
+    text = (REPOSITORY / "docs" / "publish.md").read_text(encoding="utf-8")
+    defaults = PublishArguments()
+    for key in fields(PublishArguments):
+        line = f"| `{key.name}` | `{json.dumps(getattr(defaults, key.name))}` | {key.metadata['help']} |"
+        assert line in text, f"docs/publish.md lacks: {line}"
 
 
 def test_versions_are_pinned_once():

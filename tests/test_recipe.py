@@ -17,6 +17,7 @@ from sft_phi3v.recipe import (
     RENAMED,
     RESUMABLE,
     PrepareArguments,
+    PublishArguments,
     Recipe,
     TaskArguments,
     check_machine,
@@ -83,7 +84,12 @@ def test_our_own_keys_are_these():
         *("near_duplicates", "min_side", "max_pixels", "max_bytes", "downscale", "fetch_connections"),
         *("fetch_per_host", "fetch_timeout", "fetch_attempts", "workers", "engine", "push", "prepare"),
     ]
-    ours += of_prepare
+    of_publishing = [field.name for field in dataclasses.fields(PublishArguments)]
+    assert of_publishing == [
+        *("adapter", "merge_base", "compare_bases", "merge_rows", "merge_tolerance"),
+        *("what", "license", "language", "card_examples", "dry_run", "replace"),
+    ]
+    ours += of_prepare + of_publishing
     assert not TRL_KEYS & set(ours)
     assert all(f"--{key} " in help_text() for key in ours)
 
@@ -432,3 +438,22 @@ def test_an_output_dir_that_is_a_file_is_refused():
     Path("out").write_text("")
     with pytest.raises(ValueError, match="which is a file"):
         check_output_dir(load())
+
+
+def test_what_others_may_read_of_a_recipe_names_nothing_of_this_machine(write_recipe, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_PROJECT", "before")
+    path = write_recipe(
+        dataset_name="data/mine", source="owner/on_the_hub", env={"WANDB_PROJECT": "x"}, hub_token="hf_secret",
+        run_name="me@here", prompt="Is this /home/me?", deepspeed=None, adapter="elsewhere",
+    )  # fmt: skip
+    public = load_recipe([path]).public()
+    assert (public["dataset_name"], public["source"]) == ("mine", "owner/on_the_hub")
+    assert (public["output_dir"], public["prompt"]) == ("out", "Is this /home/me?")
+    assert not public.keys() & {"env", "hub_token", "run_name", "adapter"}
+    assert str(tmp_path) not in str(public) and "tiny_phi3_v" in public["model_name_or_path"]
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(load_recipe([path]).text(public=True))
+    assert load_recipe([str(copy)]).task == load_recipe([path]).task
