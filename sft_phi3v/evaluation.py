@@ -291,7 +291,7 @@ class Evaluation:
     Args:
         recipe ([`Recipe`]): Says how many rows, how long a completion, and where the files go.
         processor ([`Phi3VProcessor`]): The model's processor.
-        train_rows (`Dataset` or [`Stream`]): Training rows, for the baseline.
+        train_rows (`Dataset` or [`Stream`], *optional*): Training rows, for the baseline.
         held_out_rows (`Dataset`): Held-out rows; `eval_rows` of them, drawn by `seed`, are scored.
         most (`int`, *optional*): Scores only so many of these.
     """
@@ -300,7 +300,7 @@ class Evaluation:
         self,
         recipe: Recipe,
         processor: Phi3VProcessor,
-        train_rows: Dataset | Stream,
+        train_rows: Dataset | Stream | None,
         held_out_rows: Dataset,
         most: int | None = None,
     ):
@@ -315,8 +315,9 @@ class Evaluation:
         self.rows = list(held_out_rows[ROW])
         self.references = answers(held_out_rows, recipe)
         self.scorer = Scorer(recipe.task.answer, self.references)
-        baseline = self.scorer.baseline(_train_answers(train_rows, recipe), self.references)
-        self.metrics: dict[str, Any] = {"baseline": baseline}
+        self.metrics: dict[str, Any] = {}
+        if train_rows is not None:
+            self.metrics["baseline"] = self.scorer.baseline(_train_answers(train_rows, recipe), self.references)
         self.completions: dict[str, list[Completion]] = {}
 
     def run(self, name: str, model: Phi3VForCausalLM | PeftModel, *, shuffled: bool = False) -> dict[str, Any]:

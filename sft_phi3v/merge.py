@@ -35,7 +35,7 @@ from sft_phi3v.collator import IGNORED, Collator
 from sft_phi3v.evaluation import Completion, Evaluation, trained_folder, write_whole
 from sft_phi3v.model import base_file, load_model, load_trained
 from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM
-from sft_phi3v.preview import prepare
+from sft_phi3v.preview import prepare_held_out
 from sft_phi3v.recipe import Recipe, check_machine, load_recipe
 
 REPORT = "merge_report.json"
@@ -106,10 +106,8 @@ def merge(recipe: Recipe) -> Path:
         raise ValueError(f"merge runs in one process, without a launcher: python -m sft_phi3v.merge {recipe.path}")
     folder = trained_folder(recipe)
     target = Path(str(recipe.training.output_dir)) / "merged"
-    collator, train_rows, held_out_rows = prepare(recipe, show=False)
-    rows = Evaluation(recipe, collator.processor, train_rows, held_out_rows, most=recipe.publish.merge_rows)
-    rows.metrics.clear()  # of the baseline; here models are compared with each other
-
+    collator, held_out_rows = prepare_held_out(recipe)
+    rows = Evaluation(recipe, collator.processor, None, held_out_rows, most=recipe.publish.merge_rows)
     base, live, merged = write_and_observe(recipe, folder, target, rows, collator)
     aside, trained = _aside(target, base), next(iter(live.values()))
     _complete(recipe, collator, aside)

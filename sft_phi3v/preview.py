@@ -106,14 +106,13 @@ def print_once(text: str) -> None:
         print(text, flush=True)
 
 
-def prepare(recipe: Recipe, *, show: bool = True) -> tuple[Collator, Dataset | Stream, Dataset]:
+def prepare(recipe: Recipe) -> tuple[Collator, Dataset | Stream, Dataset]:
     """
     Reads and checks everything that costs no GPU time, and shows it. Of a stream it reads the first rows; the others
     are checked when they come.
 
     Args:
         recipe ([`Recipe`]): The recipe.
-        show (`bool`, *optional*, defaults to `True`): Whether to print the counts and an example.
 
     Returns:
         `tuple[Collator, Dataset | Stream, Dataset]`: The collator; the rows to train on; the held-out rows.
@@ -128,24 +127,36 @@ def prepare(recipe: Recipe, *, show: bool = True) -> tuple[Collator, Dataset | S
         print_once(f"streaming: looked at here are the first {len(train):,} of {len(stream):,} rows to train on.")
     else:
         train, held_out = load_splits(recipe)
-    collator = Collator(load_processor(recipe), recipe.training.max_length, recipe.training.pad_to_multiple_of)
+    collator = _collator(recipe)
     for rows in (train, held_out):
         check_rows(rows, recipe)
     train, lengths = fitting(train, recipe, collator)
     held_out, _ = fitting(held_out, recipe, collator)
-    if show:
-        total = len(train) if stream is None else len(stream)
-        print_once(f"\n{data_table(lengths, total, len(held_out))}\n")
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        legend = "green is supervised" if colour else "⟦supervised⟧"
-        example = to_examples(train, recipe)[0]
-        print_once(f"row {example['row']} as the model reads it ({legend}):")
-        print_once(f"{masked_example(example, collator, colour=colour)}\n")
+    total = len(train) if stream is None else len(stream)
+    print_once(f"\n{data_table(lengths, total, len(held_out))}\n")
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    legend = "green is supervised" if colour else "⟦supervised⟧"
+    example = to_examples(train, recipe)[0]
+    print_once(f"row {example['row']} as the model reads it ({legend}):")
+    print_once(f"{masked_example(example, collator, colour=colour)}\n")
     if stream is None:
         return collator, train, held_out
     if recipe.task.overlong == "drop" and collator.max_length is not None:
         stream.fits = partial(_fits, collator)
     return collator, stream, held_out
+
+
+def prepare_held_out(recipe: Recipe) -> tuple[Collator, Dataset]:
+    """As [`prepare`], for who only scores: the rows to train on are not looked at, and nothing is shown."""
+    _, held_out = (load_stream if recipe.script.dataset_streaming else load_splits)(recipe)
+    collator = _collator(recipe)
+    check_rows(held_out, recipe)
+    held_out, _ = fitting(held_out, recipe, collator)
+    return collator, held_out
+
+
+def _collator(recipe: Recipe) -> Collator:
+    return Collator(load_processor(recipe), recipe.training.max_length, recipe.training.pad_to_multiple_of)
 
 
 def _fits(collator: Collator, example: dict[str, Any]) -> bool:
