@@ -19,7 +19,7 @@ RECIPES = sorted(path.name for path in (REPOSITORY / "recipes").glob("*.yaml"))
 # Later layers may import earlier ones; modules of one layer do not know each other.
 LAYERS = [
     ["phi3_v"],
-    ["recipe", "catalogue", "fetch", "splitting"],
+    ["recipe", "catalogue", "fetch", "splitting", "vllm_plugin"],
     ["data", "collator", "model", "pictures", "samples", "engine"],
     ["streaming", "checking"],
     ["deciding"],

@@ -10,6 +10,7 @@ tag is one. The content of chat messages (`apply_chat_template(tokenize=True)`) 
 `<|end|>`, `<|assistant|>` or `<|image_1|>` neither ends a turn, nor opens one, nor adds a picture.
 """
 
+import json
 import re
 from functools import cached_property
 from pathlib import Path
@@ -72,9 +73,23 @@ class Phi3VProcessor(ProcessorMixin):
         return super().from_args_and_dict(args, processor_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Saves everything; `preprocessor_config.json` too, in which other loaders look for `num_crops`."""
+        """
+        Saves everything; `preprocessor_config.json` too, in which other loaders look for `num_crops`.
+
+        What these would stumble over is put right: names of remote code that is not in the folder, and a tokenizer
+        configuration that transformers 4 cannot read.
+        """
         self.image_processor.save_pretrained(save_directory)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        for name in ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
+            path = Path(save_directory, name)
+            settings = _without(json.loads(path.read_text(encoding="utf-8")), "auto_map")
+            if name == "preprocessor_config.json":
+                settings["num_img_tokens"] = self.image_processor.num_img_tokens
+            if name == "tokenizer_config.json":
+                settings = _for_every_version(settings)
+            path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        return files
 
     @cached_property
     def _tokenizer_with_literals(self) -> Tokenizer:
@@ -259,6 +274,26 @@ class Phi3VProcessor(ProcessorMixin):
         if num_crops is not None:
             processor.image_processor.num_crops = num_crops
         return processor
+
+
+def _without(value: Any, key: str) -> Any:
+    """A JSON value without that key, at any depth."""
+    if isinstance(value, list):
+        return [_without(entry, key) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: _without(entry, key) for name, entry in value.items() if name != key}
+
+
+def _for_every_version(settings: dict[str, Any]) -> dict[str, Any]:
+    """`tokenizer_config.json` in words that transformers 4 and 5 both know, and of which they make the same ids."""
+    kept = {key: value for key, value in settings.items() if key not in ("backend", "is_local", "local_files_only")}
+    special = kept.pop("extra_special_tokens", None)
+    if isinstance(special, list):
+        kept["additional_special_tokens"] = list(dict.fromkeys(special))
+    elif special:
+        kept["extra_special_tokens"] = special
+    return kept | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def _as_literal(value: Any) -> Any:
