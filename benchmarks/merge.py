@@ -140,13 +140,29 @@ def main() -> None:
     path = options.output_dir / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     start = time.monotonic()
-    # Noise has no favourite word: two models that agree to a per cent may well prefer different ones.
+    # Noise has no favourite word: two models that agree to a few per cent may well prefer different ones.
     command = [sys.executable, "-m", "sft_phi3v.merge", str(path), "--merge_tolerance", "0.5"]
-    result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")})
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")})
+    own = 0.0
+    while process.poll() is None:
+        own = max(own, _own_memory(process.pid))
+        time.sleep(0.2)
     seconds = time.monotonic() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     size = sum(file.stat().st_size for file in (run / "merged").glob("*.safetensors")) / 1e9
-    print(f"exit {result.returncode}; {size:.2f} GB merged; peak resident {peak:.2f} GB; {seconds:.0f} s")
+    print(
+        f"exit {process.returncode}; {size:.2f} GB merged; peak memory {own:.2f} GB, with mapped files, which the kernel "
+        f"drops where it needs the room, {peak:.2f} GB; {seconds:.0f} s"
+    )
+
+
+def _own_memory(pid: int) -> float:
+    """GB that a process holds beside the files that it has mapped."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) * 1024 / 1e9 for line in status.splitlines() if line.startswith("RssAnon"))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
@@ -42,6 +43,8 @@ REPORT = "merge_report.json"
 DTYPE = torch.bfloat16
 SHARD_SIZE = 2_000_000_000  # bytes: what is in memory beside the live model while the merged one is written
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+# Most that one layer may differ from the live one for the same input: bfloat16 rounds a weight by up to 0.4 %.
+LAYER_TOLERANCE = 0.01
 # Logits are compared on so many rows, at so many tokens of each: 4 MB per row with Phi-3's 32,064 words.
 LOGIT_ROWS, LOGIT_TOKENS = 64, 32
 
@@ -60,6 +63,24 @@ class Observed:
     logits: torch.Tensor
     completions: list[Completion]
     scores: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """
+    A merge that lies aside.
+
+    Args:
+        base (`str`): What was merged into, `quantised` or `original`.
+        live ([`Observed`]): The live adapter on that base.
+        merged ([`Observed`]): The merged model, loaded from disk.
+        layers (`dict[str, float]`): Of each adapted layer the relative error ([`layer_errors`]).
+    """
+
+    base: str
+    live: Observed
+    merged: Observed
+    layers: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -108,18 +129,19 @@ def merge(recipe: Recipe) -> Path:
     target = Path(str(recipe.training.output_dir)) / "merged"
     collator, held_out_rows = prepare_held_out(recipe)
     rows = Evaluation(recipe, collator.processor, None, held_out_rows, most=recipe.publish.merge_rows)
-    base, live, merged = write_and_observe(recipe, folder, target, rows, collator)
-    aside, trained = _aside(target, base), next(iter(live.values()))
+    trained, attempt = attempt_merge(recipe, folder, target, rows, collator)
+    aside = _aside(target, attempt.base)
     _complete(recipe, collator, aside)
-    problems = differences(live[base], merged[base], recipe.publish.merge_tolerance)
+    problems = differences(attempt, recipe.publish.merge_tolerance)
     report = {
         "verified": not problems,
         "problems": problems,
         "tolerance": recipe.publish.merge_tolerance,
-        "merged_into": base,
-        "against_live_adapter": asdict(compare(live[base], merged[base])),
-        "against_trained_model": asdict(compare(trained, merged[base])),
-        "scores": {"trained": trained.scores, "merged": merged[base].scores},
+        "merged_into": attempt.base,
+        "layers": {"adapted": len(attempt.layers), "max_relative_error": max(attempt.layers.values(), default=0.0)},
+        "against_live_adapter": asdict(compare(attempt.live, attempt.merged)),
+        "against_trained_model": asdict(compare(trained, attempt.merged)),
+        "scores": {"trained": trained.scores, "merged": attempt.merged.scores},
         "adapter": file_hashes(folder, "adapter_config.json", "adapter_model.safetensors", "model*.safetensors"),
         "files": file_hashes(aside, "**/*"),
     }
@@ -141,9 +163,9 @@ def _aside(target: Path, base: str) -> Path:
     return target.with_name(f".{target.name}.{base}")
 
 
-def write_and_observe(
+def attempt_merge(
     recipe: Recipe, folder: Path, target: Path, rows: Evaluation, collator: Collator
-) -> tuple[str, dict[str, Observed], dict[str, Observed]]:
+) -> tuple[Observed, Attempt]:
     """
     Merges aside, and observes the live models and the merged ones, one model in memory at a time.
 
@@ -155,33 +177,35 @@ def write_and_observe(
         collator ([`Collator`]): Makes their batches.
 
     Returns:
-        `tuple[str, dict[str, Observed], dict[str, Observed]]`: The base that the recipe chooses, `quantised` or
-        `original`; by base the live adapter on it, first of all the one that was trained; by base the merged model.
+        `tuple[Observed, Attempt]`: The model that was trained, and the merge into the base that the recipe chooses.
     """
     quantised = recipe.model.load_in_4bit or recipe.model.load_in_8bit
     bases = ["quantised", "original"] if quantised else ["original"]
     chosen = recipe.publish.merge_base if quantised else "original"
     wanted = bases if recipe.publish.compare_bases else [chosen]
     live: dict[str, Observed] = {}
-    merged: dict[str, Observed] = {}
-    for base in bases:
+    attempts: dict[str, Attempt] = {}
+    for base in bases:  # first of all the one that was trained on
         aside = _aside(target, base)
         shutil.rmtree(aside, ignore_errors=True)  # of an attempt that was cut
         if live and base not in wanted:
             continue
         model = load_trained(recipe, folder, quantised=base == "quantised")
         live[base] = observe(f"adapter on the {base} base" if live else "trained", model, rows, collator)
+        layers = {}
         if base in wanted:
             write_model(model, aside)
+            layers = layer_errors(model, aside)
         del model
         gc.collect()  # a model is full of reference cycles, and the next one needs its room
         if base in wanted:
             name = f"merged into the {base} base" if quantised else "merged"
-            merged[base] = observe(name, load_model(recipe, str(aside), quantised=False), rows, collator)
+            merged = observe(name, load_model(recipe, str(aside), quantised=False), rows, collator)
+            attempts[base] = Attempt(base, live[base], merged, layers)
             gc.collect()
         if base != chosen:
             shutil.rmtree(aside, ignore_errors=True)
-    return chosen, live, merged
+    return live[bases[0]], attempts[chosen]
 
 
 def observe(name: str, model: Phi3VForCausalLM | PeftModel, rows: Evaluation, collator: Collator) -> Observed:
@@ -223,35 +247,74 @@ def compare(expected: Observed, found: Observed) -> Comparison:
     )
 
 
-def differences(expected: Observed, found: Observed, tolerance: float) -> list[str]:
+def differences(attempt: Attempt, tolerance: float) -> list[str]:
     """
     What is beyond the tolerance, in words.
 
     Args:
-        expected ([`Observed`]): The live model.
-        found ([`Observed`]): The merged model.
+        attempt ([`Attempt`]): The live model and the merged one.
         tolerance (`float`): Relative error of the logits, share of other next tokens, change of any score.
 
     Returns:
         `list[str]`: One line per difference; none if the models are the same within the tolerance.
     """
-    numbers = compare(expected, found)
+    numbers = compare(attempt.live, attempt.merged)
     problems = []
-    if not numbers.relative_error <= tolerance:  # nan too
+    wrong = [name for name, error in attempt.layers.items() if not error <= LAYER_TOLERANCE]  # nan too
+    if wrong:
+        problems.append(
+            f"layers: {len(wrong)} of {len(attempt.layers)} give something else than the live ones, such as {wrong[0]} "
+            f"(relative error {attempt.layers[wrong[0]]:.2%}, limit {LAYER_TOLERANCE:.0%})"
+        )
+    if not numbers.relative_error <= tolerance:
         problems.append(
             f"logits: relative error {numbers.relative_error:.2%} (largest difference {numbers.max_difference:.3g}, "
             f"mean {numbers.mean_difference:.3g}, {numbers.positions} positions)"
         )
     if 1 - numbers.same_next_token > max(tolerance, 1 / numbers.positions):
-        problems.append(
-            f"next token: another one at {1 - numbers.same_next_token:.2%} of {numbers.positions} positions"
-        )
+        other = 1 - numbers.same_next_token
+        problems.append(f"next token: another one at {other:.2%} of {numbers.positions} positions")
     allowed = max(1, tolerance * numbers.rows)
-    before, after = _flat_scores(expected.scores), _flat_scores(found.scores)
+    before, after = _flat_scores(attempt.live.scores), _flat_scores(attempt.merged.scores)
     for name, share in before.items():
         if abs(share - after[name]) * numbers.rows > allowed + 1e-6:
             problems.append(f"{name}: {share:.1%} → {after[name]:.1%} of {numbers.rows} rows")
     return problems
+
+
+def layer_errors(model: Phi3VForCausalLM | PeftModel, folder: Path) -> dict[str, float]:
+    """
+    Sends the same numbers through each adapted layer, live, and through its weight as it was written.
+
+    Layer by layer there is no depth that errors could grow through, as they do in logits: what is forgotten or scaled
+    wrongly shows, even where the adapter has changed little.
+
+    Args:
+        model ([`Phi3VForCausalLM`] or `PeftModel`): The live model.
+        folder (`Path`): Where [`write_model`] wrote it.
+
+    Returns:
+        `dict[str, float]`: Norm of the difference over the norm of the live layer's output, by the layer's name.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    on_disk = {inner: name for name, (inner, _) in disk_weights(base.config).items()}
+    files: dict[str, Any] = {}
+    for path in folder.glob("*.safetensors"):
+        file = safe_open(path, "pt")
+        files |= dict.fromkeys(file.keys(), file)
+    random = torch.Generator().manual_seed(0)
+    errors = {}
+    with torch.no_grad():
+        for name, layer in base.named_modules():
+            if isinstance(layer, LoraLayer):
+                numbers = torch.randn(64, layer.in_features, generator=random).to(model.device, base.dtype)
+                expected = layer(numbers).float()
+                disk_name = on_disk[f"{name}.weight"]
+                weight = files[disk_name].get_tensor(disk_name).to(expected)
+                bias = layer.get_base_layer().bias
+                found = nn.functional.linear(numbers.float(), weight, None if bias is None else bias.float())
+                errors[name] = ((found - expected).norm() / expected.norm()).item()
+    return errors
 
 
 def _flat_scores(scores: dict[str, Any]) -> dict[str, float]:
@@ -401,6 +464,8 @@ def summary(folder: Path) -> str:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     lines = [
         f"merged and verified: {folder} ({size / 1e6:,.1f} MB)",
+        f"  each of {report['layers']['adapted']} adapted layers equal to the live one within "
+        f"{report['layers']['max_relative_error']:.2%} (limit {LAYER_TOLERANCE:.0%})",
         f"  logits against the live adapter: relative error {found['relative_error']:.2%} (limit "
         f"{report['tolerance']:.0%}), largest difference {found['max_difference']:.3g}, mean "
         f"{found['mean_difference']:.3g}",

@@ -97,6 +97,8 @@ def test_the_report_says_what_was_compared_and_of_which_files(merged_run):
     assert numbers["rows"] == numbers["same_completions"] == 3
     assert numbers["positions"] >= 20
     assert 0 < numbers["relative_error"] < 0.01
+    assert found["layers"]["adapted"] == 8
+    assert 0 < found["layers"]["max_relative_error"] < 0.004
     assert found["scores"]["trained"] == found["scores"]["merged"]
     files = hashes(merged_run / "merged")
     del files["merge_report.json"]
@@ -166,11 +168,33 @@ def test_what_differs_is_not_called_merged(finished_run, monkeypatch, capsys):
         return merge.dequantize_module_weight(layer.get_base_layer())
 
     monkeypatch.setattr(merge, "_merged_weight", forgetful)
-    with pytest.raises(SystemExit, match=r"(?s)does not equal.*logits: relative error \d.*merged\.refused"):
+    told = r"(?s)does not equal.*layers: 8 of 8 give something else.*logits: relative error \d.*merged\.refused"
+    with pytest.raises(SystemExit, match=told):
         merge.main(argv)
     assert hashes(folder / "merged") == before  # an earlier one stays
     refused = json.loads((folder / "merged.refused" / "merge_report.json").read_text())
     assert not refused["verified"] and refused["problems"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 2.0])
+def test_one_layer_that_is_forgotten_or_scaled_wrongly_is_named(share, finished_run, monkeypatch):
+    """Even where the adapter has changed so little that no logit would tell."""
+    folder, argv = finished_run
+    weights = load_file(folder / "adapter_model.safetensors")
+    small = {name: weight * (0.5 if "lora_B" in name else 1) for name, weight in weights.items()}
+    save_file(small, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    right, layers = merge._merged_weight, []
+
+    def wrong(layer):
+        layers.append(layer)
+        if len(layers) != 3:
+            return right(layer)
+        base = merge.dequantize_module_weight(layer.get_base_layer()).float()
+        return base + share * (right(layer) - base)
+
+    monkeypatch.setattr(merge, "_merged_weight", wrong)
+    with pytest.raises(SystemExit, match=r"layers: 1 of 8 give something else than the live ones, such as model\."):
+        merge.main(argv)
 
 
 def test_a_model_that_no_longer_stops_is_found():
@@ -179,9 +203,13 @@ def test_a_model_that_no_longer_stops_is_found():
         completions = [Completion(row, "", "", stop) for row, stop in enumerate(stopped)]
         return merge.Observed(torch.eye(4), completions, scores)
 
-    alike = observed(*[True] * 4)
-    assert merge.differences(alike, observed(*[True] * 3, False), 0.02) == []  # one row is always allowed
-    assert merge.differences(alike, observed(True, True, False, False), 0.02) == ["stopped: 100.0% → 50.0% of 4 rows"]
+    def problems(merged, **layers):
+        return merge.differences(merge.Attempt("quantised", observed(*[True] * 4), merged, layers), 0.02)
+
+    assert problems(observed(*[True] * 3, False), first=0.009) == []  # one row is always allowed
+    assert problems(observed(True, True, False, False)) == ["stopped: 100.0% → 50.0% of 4 rows"]
+    (problem,) = problems(observed(*[True] * 4), first=0.001, second=0.02, third=float("nan"))
+    assert problem.startswith("layers: 2 of 3 give something else than the live ones, such as second")
 
 
 def test_the_numbers_of_a_comparison():
@@ -202,7 +230,7 @@ def test_the_numbers_of_a_comparison():
     scored = {"parsed": 1.0, "stopped": 1.0, "fields": {}}
     broken = merge.Observed(torch.full((2, 3), float("nan")), [Completion(0, "", "a", True)], scored)
     right = merge.Observed(logits, [Completion(0, "", "a", True)], scored)
-    assert "relative error nan%" in merge.differences(right, broken, 0.02)[0]
+    assert "relative error nan%" in merge.differences(merge.Attempt("original", right, broken, {}), 0.02)[0]
 
 
 def test_large_models_are_sharded(finished_run, monkeypatch):
