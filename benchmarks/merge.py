@@ -151,8 +151,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     size = sum(file.stat().st_size for file in (run / "merged").glob("*.safetensors")) / 1e9
     print(
-        f"exit {process.returncode}; {size:.2f} GB merged; peak memory {own:.2f} GB, with mapped files, which the kernel "
-        f"drops where it needs the room, {peak:.2f} GB; {seconds:.0f} s"
+        f"exit {process.returncode}; {size:.2f} GB merged; peak memory {own:.2f} GB, with mapped files, which the "
+        f"kernel drops where it needs the room, {peak:.2f} GB; {seconds:.0f} s"
     )
 
 
