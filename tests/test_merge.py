@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sft_phi3v import merge, run
 from sft_phi3v.evaluation import Completion
 from sft_phi3v.model import load_trained
-from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
+from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.recipe import load_recipe
 
 QKV = "model.layers.0.self_attn.qkv_proj.weight"
@@ -316,3 +316,53 @@ def test_a_changed_weight_is_seen_by_its_hash(merged_run, tmp_path):
     save_file(weights, path, metadata={"format": "pt"})
     after = merge.file_hashes(tmp_path / "merged", "**/*")
     assert {name for name in before if before[name] != after[name]} == {"model.safetensors"}
+
+
+def test_other_engines_find_what_they_read(merged_run):
+    """As vLLM 0.32, mlx-vlm 0.7 and lmdeploy 0.18 read it; docs/publish.md says which of these were run."""
+    folder = merged_run / "merged"
+    texts = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    config = texts["config.json"]
+    assert (config["model_type"], config["architectures"]) == ("phi3_v", ["Phi3VForCausalLM"])
+    for key in (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "max_position_embeddings", "original_max_position_embeddings", "image_token_id"),
+    ):
+        assert isinstance(config[key], int), key  # mlx-vlm has no default for num_key_value_heads
+    assert {"rms_norm_eps", "rope_theta", "tie_word_embeddings"} <= config.keys()
+    assert "rope_parameters" not in config
+    assert config["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
+    factors = config["hidden_size"] // config["num_attention_heads"] // 2
+    assert [len(config["rope_scaling"][key]) for key in ("short_factor", "long_factor")] == [factors, factors]
+    assert {"name", "image_dim_out", "num_img_tokens"} <= config["img_processor"].keys()
+    embedding = {"use_hd_transform": True, "with_learnable_separator": True, "hd_transform_order": "sub_glb"}
+    assert config["embd_layer"] | embedding == config["embd_layer"]
+    processor = texts["preprocessor_config.json"]
+    assert processor["image_processor_type"] == "Phi3VImageProcessor"
+    assert processor["num_img_tokens"] == 144
+    inner = texts["processor_config.json"]["image_processor"]
+    assert all(processor[key] == inner[key] for key in ("num_crops", "image_mean", "image_std"))
+    assert texts["processor_config.json"]["processor_class"] == "Phi3VProcessor"
+    tokenizer = texts["tokenizer_config.json"]
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows no other of ours
+    assert "extra_special_tokens" not in tokenizer
+    assert (tokenizer["bos_token"], tokenizer["eos_token"], tokenizer["pad_token"]) == ("<s>", *["<|endoftext|>"] * 2)
+    assert not [name for name, text in texts.items() if "auto_map" in json.dumps(text)]  # it would name missing code
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert len(names) == 400 - (24 - 3) * 16 + 6 * config["num_hidden_layers"]  # 24 layers of CLIP: 592 with 32
+    inside = ("vision_tower", "language_model", "multi_modal_projector", "lora_", "base_layer", "rotary", ".wte.")
+    assert not [name for name in names if any(part in name for part in inside)]
+
+
+def test_the_published_sizes_give_microsofts_592_names():
+    layers = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
+    config = Phi3VConfig(hidden_size=3072, intermediate_size=8192, vocab_size=32064, **layers)
+    weights = merge.disk_weights(config)
+    assert len(weights) == 592
+    assert sum(weight.numel() for _, weight in weights.values()) == 4_146_621_440
+    assert {name: tuple(weights[name][1].shape) for name in (QKV, "model.vision_embed_tokens.sub_GN")} == {
+        QKV: (9216, 3072),
+        "model.vision_embed_tokens.sub_GN": (1, 1, 1, 4096),
+    }
+    assert config.to_dict()["img_processor"]["model_name"] == "openai/clip-vit-large-patch14-336"  # for lmdeploy
