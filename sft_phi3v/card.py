@@ -9,14 +9,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from sft_phi3v.evaluation import run_file, score_rows
+from sft_phi3v.evaluation import read_lines, run_file, score_rows
 from sft_phi3v.model import base_file
-from sft_phi3v.recipe import Recipe
+from sft_phi3v.recipe import Recipe, local_paths
 
 TEMPLATE = Path(__file__).with_name("model_card.jinja")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[a-zA-Z0-9][\w.-]{0,95}/[a-zA-Z0-9][\w.-]{0,95}", re.ASCII)
 
 
 def render_card(
@@ -33,18 +34,18 @@ def render_card(
     Returns:
         `str`: The text of README.md.
     """
-    metrics = _read(folder, "metrics.json") or {}
-    if (
-        merge is not None
-        and merge["merged_into"] == "original"
-        and merge["scores"]["merged"] != merge["scores"]["trained"]
+    environment = _read(folder, "environment.json")
+    local = environment.get("local_paths", [])
+    base = str(recipe.public(local)["model_name_or_path"])
+    data = [_public_name(name, {*local, *local_paths(recipe.dump())}) for name in _data(recipe)]
+    metrics, scored = _read(folder, "metrics.json"), True
+    # A checkpoint, or weights that the adapter never met, is another model than the one that the run scored at its end.
+    if folder.name.startswith("checkpoint-") or (
+        merge and merge["against_live_adapter"] != merge["against_trained_model"]
     ):
-        # These weights were never trained: only their own scores are theirs.
+        scored = False
         metrics = {name: scores for name, scores in metrics.items() if not name.startswith("after")}
-        metrics |= {"after": merge["scores"]["merged"]}
-    base = recipe.public()["model_name_or_path"]
-    data = [_public_data(recipe, name) for name in _data(recipe)]
-    numbers = [(name, score) for name, score in _flat(metrics.get("after")) if score is not None]
+        metrics |= {"after": merge["scores"]["merged"]} if merge and metrics else {}
     card_data = ModelCardData(
         model_name=repo.split("/")[-1],
         base_model=base if HUB_ID.fullmatch(base) else None,
@@ -55,42 +56,39 @@ def render_card(
         license=licence(recipe),
         pipeline_tag="image-text-to-text",
         tags=["phi3_v", "sft", "trl", "sft_phi3v", *(["lora"] if recipe.model.use_peft else [])],
-        eval_results=[
-            EvalResult(
-                task_type="image-text-to-text",
-                dataset_type=data[0],
-                dataset_name=f"{', '.join(data)} (held-out rows)",
-                metric_type=re.sub(r"\W+", "_", name),
-                metric_name=name,
-                metric_value=round(score, 4),
-            )
-            for name, score in numbers
-        ]
-        or None,
+        eval_results=_results(metrics.get("after"), data) or None,
     )
     card = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
         name=repo.split("/")[-1],
         repo=repo,
-        base=f"[{base}](https://huggingface.co/{base})" if HUB_ID.fullmatch(base) else base,
-        data=", ".join(
-            f"[{name}](https://huggingface.co/datasets/{name})" if HUB_ID.fullmatch(name) else name for name in data
-        ),
-        rows=f"{rows['train']:,} " if (rows := (_read(folder, "environment.json") or {}).get("rows")) else "",
-        prompt=recipe.task.prompt,
-        answer=recipe.task.answer,
+        base=_link(base, ""),
+        data=", ".join(_link(name, "datasets/") for name in data),
+        rows=f"{environment['rows']['train']:,} " if "rows" in environment else "",
+        prompt=_unescaped(recipe.task.prompt),
+        answer=_unescaped(recipe.task.answer or ""),
         max_new_tokens=recipe.task.max_new_tokens,
         adapter_only=adapter_only,
+        with_adapter=recipe.model.use_peft,
         quantisation=_quantisation(recipe),
         scored_rows=metrics["after"]["rows"] if "after" in metrics else 0,
         scores=_markdown(score_rows(metrics)) if "after" in metrics else "",
-        examples=_examples(folder),
+        examples=_examples(folder) if scored and recipe.publish.card_examples else [],
         merge=merge,
         merge_scores=_markdown(score_rows(merge["scores"])) if merge else "",
-        facts=_facts(recipe, folder),
+        facts=_facts(recipe, folder, base),
     )
     return str(card)
+
+
+def _link(name: str, kind: str) -> str:
+    return f"[{name}](https://huggingface.co/{kind}{name})" if HUB_ID.fullmatch(name) else name
+
+
+def _unescaped(template: str) -> str:
+    """A format string as a person reads it: `{{` is a brace."""
+    return template.replace("{{", "{").replace("}}", "}")
 
 
 def licence(recipe: Recipe) -> str | None:
@@ -98,7 +96,10 @@ def licence(recipe: Recipe) -> str | None:
     if recipe.publish.license:
         return recipe.publish.license
     found = base_file(recipe, "README.md")
-    return ModelCard.load(found, ignore_metadata_errors=True).data.license if found is not None else None
+    try:
+        return ModelCard.load(found, ignore_metadata_errors=True).data.license if found is not None else None
+    except (ValueError, yaml.YAMLError):  # somebody else's card
+        return None
 
 
 def _data(recipe: Recipe) -> list[str]:
@@ -107,39 +108,47 @@ def _data(recipe: Recipe) -> list[str]:
     ]
 
 
-def _public_data(recipe: Recipe, name: str) -> str:
+def _public_name(name: str, local: set[str]) -> str:
     """A Hub id as it is; of a path only its last name."""
-    return Path(name).name if Path(name).expanduser().exists() or not HUB_ID.fullmatch(name) else name
+    return Path(name).name if name in local or not HUB_ID.fullmatch(name) else name
 
 
-def _flat(scores: dict[str, Any] | None) -> list[tuple[str, float | None]]:
-    """Names and values of a model's scores, as the Hub's metadata want them."""
+def _results(scores: dict[str, Any] | None, data: list[str]) -> list[EvalResult]:
+    """A model's scores as the Hub's metadata want them."""
     if scores is None:
         return []
-    found: list[tuple[str, float | None]] = [("parsed", scores["parsed"]), ("stopped", scores["stopped"])]
-    return found + [
-        (f"{field} {kind}", value) for field, kinds in scores["fields"].items() for kind, value in kinds.items()
+    found = [("parsed", scores["parsed"]), ("stopped", scores["stopped"])]
+    found += [(f"{field} {kind}", value) for field, kinds in scores["fields"].items() for kind, value in kinds.items()]
+    return [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=data[0] if HUB_ID.fullmatch(data[0]) else "local",
+            dataset_name=f"{', '.join(data)} (held-out rows)",
+            metric_type=re.sub(r"\W+", "_", name),
+            metric_name=name,
+            metric_value=round(value, 4),
+        )
+        for name, value in found
+        if value is not None
     ]
 
 
 def _examples(folder: Path) -> list[dict[str, str]]:
     """Rows whose pictures were kept, with reference and completion, as cells of a table."""
     completions = run_file(folder, "completions.jsonl")
-    if not completions.is_file():
-        return []
     found = []
-    for line in map(json.loads, completions.read_text(encoding="utf-8").splitlines()):
-        picture = run_file(folder, "examples") / f"{line['row']}.jpg"
-        if picture.is_file() and "after" in line:
-            cells = {"reference": line["reference"], "completion": line["after"]["text"]}
-            found.append({"row": str(line["row"])} | {key: _cell(text) for key, text in cells.items()})
+    for number, line in enumerate(read_lines(completions) if completions.is_file() else [], start=1):
+        name = f"examples/{number}.jpg"
+        if (run_file(folder, "examples") / f"{number}.jpg").is_file() and "after" in line:
+            found.append(
+                {"picture": name, "reference": _cell(line["reference"]), "completion": _cell(line["after"]["text"])}
+            )
     return found
 
 
 def _cell(text: str) -> str:
     """Any text as one cell of a Markdown table."""
-    text = re.sub(r"([\\`*_{}\[\]<>|~#])", r"\\\1", text)
-    return " ".join(text.split())
+    return " ".join(re.sub(r"([\\`*_{}\[\]<>|~#])", r"\\\1", text).split())
 
 
 def _markdown(lines: list[list[str]]) -> str:
@@ -154,10 +163,10 @@ def _quantisation(recipe: Recipe) -> str:
     return "8-bit" if recipe.model.load_in_8bit else f"{recipe.model.dtype}"
 
 
-def _facts(recipe: Recipe, folder: Path) -> list[tuple[str, str]]:
+def _facts(recipe: Recipe, folder: Path, base: str) -> list[tuple[str, str]]:
     """What was run, how long, and on what."""
-    facts = [("base model", recipe.public()["model_name_or_path"])]
-    environment, state = _read(folder, "environment.json") or {}, _read(folder, "trainer_state.json") or {}
+    facts = [("base model", base)]
+    environment, state = _read(folder, "environment.json"), _read(folder, "trainer_state.json")
     if revision := environment.get("base_revision"):
         facts.append(("its commit", revision))
     method = (
@@ -184,6 +193,7 @@ def _facts(recipe: Recipe, folder: Path) -> list[tuple[str, str]]:
     return facts
 
 
-def _read(folder: Path, name: str) -> dict[str, Any] | None:
-    path = run_file(folder, name)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of the folder or its run; empty if there is none."""
+    path = folder / name if (folder / name).is_file() else run_file(folder, name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

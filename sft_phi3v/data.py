@@ -395,7 +395,7 @@ class Reader:
         """The example that an undecoded row is; a `ValueError` that names the row if it cannot be one."""
         try:
             messages = self.messages(row)
-            return {"images": [_open(one) for one in self.pictures(row)], "messages": messages, "row": row[ROW]}
+            return {"images": [open_picture(one) for one in self.pictures(row)], "messages": messages, "row": row[ROW]}
         except ValueError as error:
             raise ValueError(f"row {row[ROW]}: {error}") from error
 
@@ -408,33 +408,50 @@ class Reader:
 
     def messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The row's turns, every content a list of parts."""
-        images = [{"type": "image"} for _ in self.pictures(row)]
+        pictures = len(self.pictures(row))
         if self.answer:
-            question, answer = _text(self.prompt.render(row)), _text(self.answer.render(row))
-            return [{"role": "user", "content": [*images, question]}, {"role": "assistant", "content": [answer]}]
-        return self._conversation(row["messages"] or [], images)
-
-    def _conversation(self, turns: list[dict[str, Any]], images: list[dict[str, str]]) -> list[dict[str, Any]]:
-        strings = all(isinstance(turn.get("content"), str) for turn in turns)
-        messages: list[dict[str, Any]] = []
-        for turn in turns:
-            role, content = turn.get("role"), turn.get("content")
-            if role not in ("system", "user", "assistant"):
-                raise ValueError(f"a turn's role is {role!r}, expected system, user or assistant")
-            parts = [_text(content)] if isinstance(content, str) else [_part(part) for part in content or []]
-            if strings and role == "user" and not any(message["role"] == "user" for message in messages):
-                parts = [*images, *parts]  # as TRL does: pictures stand in front of the first question
-            if role == "assistant" and not any(part.get("text") for part in parts):
-                raise ValueError("an assistant turn is empty")
-            messages.append({"role": role, "content": parts})
+            question, answer = self.prompt.render(row), self.answer.render(row)
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            return conversation(turns, pictures)
+        messages = conversation(row["messages"] or [], pictures)
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("the last turn is not the assistant's: there is nothing to learn after it")
-        holders = [turn["role"] for turn in messages for part in turn["content"] if part["type"] == "image"]
-        if set(holders) - {"user"}:
-            raise ValueError("a picture stands in a turn that is not the user's")
-        if len(holders) != len(images):
-            raise ValueError(f"{len(holders)} image parts in `messages` and {len(images)} pictures")
         return messages
+
+
+def conversation(turns: Sequence[Mapping[str, Any]], pictures: int) -> list[dict[str, Any]]:
+    """
+    Turns in one form, every content a list of parts. Where all contents are strings, the pictures stand in front of
+    the first question, as in TRL.
+
+    Args:
+        turns (sequence of `Mapping`): Turns in TRL's format.
+        pictures (`int`): How many pictures come with them.
+
+    Returns:
+        `list[dict]`: The turns.
+
+    Raises:
+        ValueError: If a role or a part is unknown, an answer is empty, or the pictures have no place.
+    """
+    strings = all(isinstance(turn.get("content"), str) for turn in turns)
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        role, content = turn.get("role"), turn.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"a turn's role is {role!r}, expected system, user or assistant")
+        parts = [_text(content)] if isinstance(content, str) else [_part(part) for part in content or []]
+        if strings and role == "user" and not any(message["role"] == "user" for message in messages):
+            parts = [*({"type": "image"} for _ in range(pictures)), *parts]
+        if role == "assistant" and not any(part.get("text") for part in parts):
+            raise ValueError("an assistant turn is empty")
+        messages.append({"role": role, "content": parts})
+    holders = [turn["role"] for turn in messages for part in turn["content"] if part["type"] == "image"]
+    if set(holders) - {"user"}:
+        raise ValueError("a picture stands in a turn that is not the user's")
+    if len(holders) != pictures:
+        raise ValueError(f"{len(holders)} image parts in `messages` and {pictures} pictures")
+    return messages
 
 
 def _text(text: str) -> dict[str, str]:
@@ -458,7 +475,7 @@ def _file(picture: dict[str, Any]) -> BinaryIO:
     return Path(picture["path"]).open("rb") if picture["bytes"] is None else io.BytesIO(picture["bytes"])
 
 
-def _open(picture: dict[str, Any]) -> PIL.Image.Image:
+def open_picture(picture: dict[str, Any]) -> PIL.Image.Image:
     """The picture, upright. Its size is known now; its pixels are decoded when they are first asked for."""
     try:
         with _file(picture) as file:

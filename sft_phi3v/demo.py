@@ -116,7 +116,7 @@ def run_demo() -> None:
             raise SystemExit(status)
     report = json.loads((output_dir / "merged" / "merge_report.json").read_text(encoding="utf-8"))
     metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
-    lines = (output_dir / "completions.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (output_dir / "completions.jsonl").read_text(encoding="utf-8").strip().split("\n")
     minutes = (time.monotonic() - start) / 60
     print(summary(metrics, [json.loads(line) for line in lines], report, str(output_dir), minutes))
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -33,7 +34,7 @@ from sft_phi3v.model import load_model, load_trained, on_device
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.phi3_v.image_processing_phi3_v import as_picture
 from sft_phi3v.preview import prepare, print_once
-from sft_phi3v.recipe import RESUMABLE, Recipe, check_machine, differences, load_recipe
+from sft_phi3v.recipe import RESUMABLE, Recipe, as_text, check_machine, differences, load_recipe, public_keys
 from sft_phi3v.streaming import Stream
 
 WITHIN = 0.10
@@ -377,8 +378,7 @@ class Evaluation:
     def resume(self) -> bool:
         """Takes over what an interrupted run of the same rows has scored before training; says whether it did."""
         try:
-            text = (self.folder / "completions.jsonl").read_text(encoding="utf-8")
-            lines = [json.loads(line) for line in text.splitlines()]
+            lines = read_lines(self.folder / "completions.jsonl")
             rows = [(line["row"], line["reference"]) for line in lines]
             if rows != list(zip(self.rows, self.references, strict=True)):
                 return False
@@ -406,7 +406,10 @@ class Evaluation:
         )
 
     def save_examples(self) -> None:
-        """Writes `card_examples` of the scored rows' pictures as `examples/ROW.jpg`, small, for the model card."""
+        """
+        Writes `card_examples` of the scored rows' pictures as `examples/N.jpg`, small, for the model card; N is the
+        line of `completions.jsonl`, counted from 1.
+        """
         folder, wanted = self.folder / "examples", self.recipe.publish.card_examples
         if folder.is_dir() or not wanted or not PartialState().is_main_process:
             return
@@ -417,7 +420,8 @@ class Evaluation:
             if len(images) == 1 and len([*aside.iterdir()]) < wanted:
                 picture = as_picture(images[0]).convert("RGB")
                 picture.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
-                picture.save(aside / f"{self.rows[index]}.jpg", quality=85)
+                picture.info.clear()  # comments and the like would be written along
+                picture.save(aside / f"{index + 1}.jpg", quality=85)
         os.replace(aside, folder)
 
 
@@ -449,6 +453,11 @@ def score_rows(metrics: dict[str, Any]) -> list[list[str]]:
         label = name.replace("_", ", pictures " if moved == scores["rows"] else f", {moved} pictures ")
         lines.append([label, str(scores["rows"]), *shown])
     return lines
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. Not by `splitlines`, to which characters within a text end a line too."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -505,7 +514,7 @@ def trained_folder(recipe: Recipe) -> Path:
             f"first: accelerate launch sft_phi3v/run.py {recipe.path}"
         )
     saved = run_file(folder, "recipe.yaml")
-    changed = [key for key in differences(saved, recipe) if not RESCORABLE.fullmatch(key)]
+    changed = [name for name in differences(saved, recipe) if not RESCORABLE.fullmatch(name)]
     if changed:
         raise ValueError(
             f"{key}: {str(folder)!r} was trained by another recipe (it differs in {', '.join(changed)}): these would "
@@ -524,6 +533,15 @@ def trained_folder(recipe: Recipe) -> Path:
 def run_file(folder: Path, name: str) -> Path:
     """A file of the run that a folder belongs to; a checkpoint's lies one folder up."""
     return folder.parent / name if folder.name.startswith("checkpoint-") else folder / name
+
+
+def public_recipe(recipe: Recipe, folder: Path) -> str:
+    """The recipe as it was trained, whatever the command line says by now, without what names this machine."""
+    saved, environment = run_file(folder, "recipe.yaml"), run_file(folder, "environment.json")
+    local = json.loads(environment.read_text(encoding="utf-8")).get("local_paths", []) if environment.is_file() else []
+    # Not by load_recipe: within a run, another SFTConfig would reset what Accelerate knows of the processes.
+    keys = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else recipe.dump()
+    return as_text(public_keys(keys, local), "recipe.yaml")
 
 
 def answers(rows: Dataset, recipe: Recipe) -> list[str]:

@@ -18,18 +18,19 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from PIL import Image
 from tqdm import tqdm
 from transformers import TextStreamer
 from transformers.utils import cached_file
 
-from sft_phi3v.data import Template
-from sft_phi3v.evaluation import Completion, generate
+from sft_phi3v.data import Template, conversation, open_picture
+from sft_phi3v.evaluation import Completion, generate, run_file
 from sft_phi3v.model import load_model, on_device
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.recipe import Recipe, TaskArguments, load_recipe
 
+RESULTS = {"text", "stopped", "fields", "error"}  # what an answer adds to a line
 CHUNK = 4  # batches of pictures that are in memory at once, sorted among each other by length
 ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--dtype", "float32"]
 
@@ -71,43 +72,56 @@ def load(name: str, *, base_model: str | None = None, num_crops: int | None = No
             f"--model: {name!r} holds neither adapter_config.json nor config.json. Expected a folder that training or "
             "merging wrote, or a Hub id (and a network, or the model in the local cache)."
         )
-    cpu, recipe_file = not torch.accelerator.is_available(), _file(name, "recipe.yaml")
-    recipe = _recipe(recipe_file, adapter, cpu, base_model) if recipe_file is not None else None
+    recipe_file = _file(name, "recipe.yaml")
     processor = Phi3VProcessor.from_pretrained(name, num_crops=num_crops)
     model: Phi3VForCausalLM | PeftModel
-    if adapter is None:
-        dtype = torch.float32 if cpu else torch.bfloat16
-        model = on_device(Phi3VForCausalLM.from_pretrained(name, dtype=dtype))
-    elif recipe is None:
+    if adapter is not None:
+        model, recipe = _adapted(name, adapter, recipe_file, base_model)
+        return Loaded(model.eval(), processor, recipe.task)
+    dtype = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
+    model = on_device(Phi3VForCausalLM.from_pretrained(name, dtype=dtype)).eval()
+    try:
+        task = _recipe(recipe_file).task if recipe_file is not None else TaskArguments()
+    except ValueError as error:  # a model that is whole can be asked without
+        print(f"recipe.yaml of {name} is left aside: {error}", file=sys.stderr)
+        task = TaskArguments()
+    return Loaded(model, processor, task)
+
+
+def _file(name: str, file: str) -> Path | None:
+    """A file of a model, from its folder (of a checkpoint, from its run's), the local cache or the Hub."""
+    if Path(name).is_dir():
+        found = [path for path in (Path(name, file), run_file(Path(name), file)) if path.is_file()]
+        return found[0] if found else None
+    quiet = ("gated_repo", "missing_entries", "connection_errors")
+    try:
+        cached = cached_file(name, file, **{f"_raise_exceptions_for_{what}": False for what in quiet})
+    except OSError as error:
+        raise ValueError(f"--model: {name!r} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    return None if cached is None else Path(cached)
+
+
+def _adapted(name: str, adapter: Path, recipe_file: Path | None, base_model: str | None) -> tuple[PeftModel, Recipe]:
+    """An adapter on the base model that it records, quantised as the recipe beside it says."""
+    if recipe_file is None:
         raise ValueError(
             f"--model: {name!r} is an adapter without recipe.yaml, so nothing says how its base model was quantised. "
             "Put the recipe of its training there."
         )
-    else:
-        record = PeftConfig.from_pretrained(name)
-        model = PeftModel.from_pretrained(on_device(load_model(recipe, revision=record.revision)), name)
-    return Loaded(model.eval(), processor, recipe.task if recipe is not None else TaskArguments())
-
-
-def _file(name: str, file: str) -> Path | None:
-    quiet = ("gated_repo", "missing_entries", "connection_errors")
+    record = json.loads(adapter.read_text(encoding="utf-8"))
+    base = base_model or record["base_model_name_or_path"]
+    recipe = _recipe(recipe_file, "--model_name_or_path", base)
     try:
-        found = cached_file(name, file, **{f"_raise_exceptions_for_{what}": False for what in quiet})
-    except OSError as error:
-        raise ValueError(f"--model: {name!r} cannot be read: {str(error).strip().splitlines()[0]}") from error
-    return None if found is None else Path(found)
+        model = on_device(load_model(recipe, revision=None if base_model else record["revision"]))
+    except ValueError as error:
+        raise ValueError(f"{error} Where an adapter's base model has moved, say where it lies: --base_model") from error
+    return PeftModel.from_pretrained(model, name), recipe
 
 
-def _recipe(path: Path, adapter: Path | None, cpu: bool, base_model: str | None) -> Recipe:
-    """The recipe beside a model, for this machine, with the base model that the adapter records."""
-    overrides = ON_CPU if cpu else []
-    if adapter is not None:
-        record = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        overrides = [*overrides, "--model_name_or_path", base_model or record]
-    recipe = load_recipe([str(path), *overrides])
-    if adapter is not None and not Path(record).exists() and "/" not in record and base_model is None:
-        raise ValueError(f"The adapter's base model was the folder {record!r}. Say where it lies: --base_model FOLDER")
-    return recipe
+def _recipe(path: Path, *overrides: str) -> Recipe:
+    """A recipe that lies beside a model, for this machine. Anybody may have written it: it sets no environment."""
+    on_cpu = [] if torch.accelerator.is_available() else ON_CPU
+    return load_recipe([str(path), *on_cpu, *overrides], set_environment=False)
 
 
 @dataclass(frozen=True)
@@ -143,42 +157,42 @@ def prompts(inputs: Sequence[str], question: str) -> Iterator[Prompt]:
     template = Template(question, key="prompt")
     for given in inputs:
         path = Path(given).expanduser()
+        if path.suffix.lower() in (".jsonl", ".json"):
+            yield from _lines(path, template)
+            continue
+        files = [path]
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
             if not files:
                 raise ValueError(f"{given}: this folder holds no pictures.")
-        elif not path.is_file():
+        if template.fields:
+            columns = ", ".join(f"{{{name}}}" for name in template.fields)
             raise ValueError(
-                f"{given}: there is no such file. Expected a picture, a folder of pictures, or a .jsonl file."
+                f"The recipe's `prompt` reads {columns}: give a .jsonl file with these columns, or --prompt."
             )
-        elif path.suffix.lower() in (".jsonl", ".json"):
-            yield from _lines(path, template)
-            continue
-        else:
-            files = [path]
         for file in files:
-            yield _prompt(
-                {"image": str(file)}, [file], template.render({}) if not template.fields else _needs(template)
-            )
-
-
-def _needs(template: Template) -> NoReturn:
-    columns = ", ".join(f"{{{name}}}" for name in template.fields)
-    raise ValueError(f"The recipe's `prompt` reads {columns}: give a .jsonl file with these columns, or --prompt.")
+            yield _asked({"image": str(file)}, [{"role": "user", "content": template.render({})}], [file])
 
 
 def _lines(path: Path, template: Template) -> Iterator[Prompt]:
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    if not any(text.strip() for text in lines):
+        raise ValueError(f"{path}: this file is empty.")
+    for number, text in enumerate(lines, start=1):
         if not text.strip():
             continue
         try:
             line = json.loads(text)
+            if taken := RESULTS & line.keys():
+                raise ValueError(f"the key {min(taken)!r} is one of the answer's. Rename it")
             given = line.get("images", line.get("image", []))
             images = [path.parent / one for one in ([given] if isinstance(given, str) else given)]
-            if "messages" in line:
-                yield _conversation(line, images)
-            else:
-                yield _prompt(line, images, str(line["prompt"]) if "prompt" in line else template.render(line))
+            turns = line.get("messages")
+            if turns is None:
+                turns = [
+                    {"role": "user", "content": str(line["prompt"]) if "prompt" in line else template.render(line)}
+                ]
+            yield _asked(line, turns, images)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path}, line {number}: {error}. Expected an object with `image` or `images`, and `prompt` or "
@@ -186,26 +200,11 @@ def _lines(path: Path, template: Template) -> Iterator[Prompt]:
             ) from error
 
 
-def _prompt(source: dict[str, Any], images: list[Path], question: str) -> Prompt:
-    parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]
-    return Prompt(source, images, [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}])
-
-
-def _conversation(line: dict[str, Any], images: list[Path]) -> Prompt:
-    """Pictures without a place of their own stand before the first question, as in training."""
-    messages = []
-    for message in line["messages"]:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        messages.append({"role": message["role"], "content": parts})
-    if messages[-1]["role"] == "assistant":
-        raise ValueError("the last of `messages` is the assistant's: there is nothing to answer")
-    placed = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if placed == 0:
-        messages[0]["content"] = [*({"type": "image"} for _ in images), *messages[0]["content"]]
-    elif placed != len(images):
-        raise ValueError(f"`messages` have {placed} pictures and `images` {len(images)}")
-    return Prompt(line, images, messages)
+def _asked(source: dict[str, Any], turns: list[dict[str, Any]], images: list[Path]) -> Prompt:
+    messages = conversation(turns, len(images))
+    if not messages or messages[-1]["role"] == "assistant":
+        raise ValueError("the last turn is not the user's: there is nothing to answer")
+    return Prompt(source, images, messages)
 
 
 def answers(
@@ -230,10 +229,10 @@ def answers(
             examples, errors = [], dict[int, str]()
             for index, prompt in enumerate(chunk):
                 try:
-                    images = [_open(path) for path in prompt.images]
+                    images = _pictures(loaded, prompt)
                     messages = [*prompt.messages, {"role": "assistant", "content": [{"type": "text", "text": ""}]}]
                     examples.append({"images": images, "messages": messages, "row": index})
-                except (OSError, ValueError, Image.DecompressionBombError) as error:
+                except ValueError as error:
                     errors[index] = str(error)
             completions = generate(
                 loaded.model,
@@ -254,14 +253,21 @@ def _answer(completion: Completion, template: Template | None) -> dict[str, Any]
     return answer | ({"fields": template.parse(completion.text)} if template is not None else {})
 
 
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
+def _pictures(loaded: Loaded, prompt: Prompt) -> list[Image.Image]:
+    """The pictures as training sees them, decoded; a `ValueError` for one that cannot be read or cut into crops."""
+    images = [open_picture({"path": str(path), "bytes": None}) for path in prompt.images]
+    for path, image in zip(prompt.images, images, strict=True):
+        try:
+            image.load()
+            loaded.processor.image_processor.num_image_tokens(image.width, image.height)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(f"the picture {path} cannot be read: {error}") from error
+    return images
 
 
 def answer_live(loaded: Loaded, prompt: Prompt, *, max_new_tokens: int) -> None:
     """Answers one prompt on the terminal, word by word, and shows the fields that the answer has."""
-    pictures = iter([_open(path) for path in prompt.images])
+    pictures = iter(_pictures(loaded, prompt))
     messages = []
     for message in prompt.messages:
         parts = [part | {"image": next(pictures)} if part["type"] == "image" else part for part in message["content"]]
@@ -342,6 +348,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 else:
                     name = answer.get("image") or ", ".join(answer.get("images", [])) or "-"
                     print(f"{name}\t{answer.get('text', 'error: ' + answer.get('error', ''))}", file=file)
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if failed:

@@ -33,10 +33,10 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from sft_phi3v.card import licence, render_card
-from sft_phi3v.evaluation import run_file, trained_folder
+from sft_phi3v.card import HUB_ID, licence, render_card
+from sft_phi3v.evaluation import public_recipe, run_file, trained_folder
 from sft_phi3v.merge import REPORT, file_hashes
-from sft_phi3v.recipe import Recipe, load_recipe
+from sft_phi3v.recipe import Recipe, as_text, load_recipe
 
 T = TypeVar("T")
 
@@ -52,15 +52,19 @@ PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-# Files of an earlier version that go when a new one has none of that name. Others in the repository are not ours.
+# Of an earlier version these go when the new one has no such file: left there, they would be loaded instead. Everything
+# else in a repository is somebody's.
 OURS = re.compile(
-    r"(adapter/)?(adapter_config\.json|[\w.-]+\.safetensors(\.index\.json)?|(generation_)?config\.json|recipe\.yaml|"
-    rf"{re.escape(REPORT)}|training_args\.bin|examples/\d+\.jpg|"
-    rf"{'|'.join(map(re.escape, PROCESSOR_FILES))})"
+    r"(adapter/)?adapter_(config\.json|model\.safetensors)|model(-\d{5}-of-\d{5})?\.safetensors|"
+    rf"model\.safetensors\.index\.json|{re.escape(REPORT)}|examples/\d+\.jpg|"
+    rf"adapter/({'|'.join(map(re.escape, PROCESSOR_FILES))})"
 )
 # Two recipes with the same values of these are versions of one model.
 IDENTITY = ("model_name_or_path", "dataset_name", "datasets", "prompt", "answer")
-SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|(?i:wandb_api_key\W+\w{20,})")
+SECRET = re.compile(
+    rb"\b(hf_|gh[pousr]_|github_pat_|sk-|AKIA|xox[abp]-|glpat-)[A-Za-z0-9_-]{16,}|(?i:(api_?key|password|token)\W{1,3}\w{20,})"
+)
+HOME = re.compile(rb"(/home/|/Users/|[A-Z]:\\?Users\\?)[\w.-]+")
 
 TIMEOUT = 60.0  # seconds without a byte; the client's own is none at all
 WAITS = (1, 4, 15)  # seconds before another attempt at what the client itself does not try again
@@ -121,10 +125,10 @@ def publication(recipe: Recipe) -> Publication:
             names this machine or holds a secret.
     """
     repo = recipe.training.hub_model_id
-    if not repo or not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", repo):
+    if not repo or not HUB_ID.fullmatch(repo):
         raise ValueError(
-            f"`hub_model_id` is {repo or 'missing'!r}, expected the Hub id to publish under. Write it into the recipe, "
-            "or add: --hub_model_id user/name"
+            f"`hub_model_id` is {repo or 'missing'!r}, expected the Hub id to publish under, with its owner. Write it "
+            "into the recipe, or add: --hub_model_id user/name"
         )
     what, folder = recipe.publish.what, trained_folder(recipe)
     if what != "merged" and not (folder / "adapter_config.json").is_file():
@@ -140,14 +144,38 @@ def publication(recipe: Recipe) -> Publication:
         files |= {f"{place}{name}": content for name, content in trained_files(recipe, folder).items()}
     for picture in sorted(run_file(folder, "examples").glob("*.jpg")) if recipe.publish.card_examples else []:
         files[f"examples/{picture.name}"] = picture
-    files.setdefault("recipe.yaml", recipe.text(public=True).encode())
+    files.setdefault("recipe.yaml", public_recipe(recipe, folder).encode())
     if licence(recipe) is None:
         raise ValueError("`license` is missing and the base model's card names none. Write one, such as: license: mit")
     card = render_card(recipe, folder, repo=repo, adapter_only=what == "adapter", merge=report)
     files["README.md"] = card.encode()
     check_for_leaks(files, str(recipe.training.hub_token or get_token() or ""))
-    identity = {key: recipe.public().get(key) for key in IDENTITY}
-    return Publication(repo, recipe.training.hub_private_repo is not False, what, files, identity)
+    return Publication(repo, recipe.training.hub_private_repo is not False, what, files, _identity(files))
+
+
+def _identity(files: dict[str, Path | bytes]) -> dict[str, Any]:
+    content = files["recipe.yaml"]
+    keys = yaml.safe_load(content if isinstance(content, bytes) else content.read_bytes())
+    return {key: keys.get(key) for key in IDENTITY}
+
+
+def check_before_training(recipe: Recipe, repo: str) -> None:
+    """
+    What `push_to_hub: true` would be refused for later, or would do wrong.
+
+    Args:
+        recipe ([`Recipe`]): The recipe.
+        repo (`str`): Hub id of the repository, which the trainer has made if there was none.
+
+    Raises:
+        ValueError: If it is public against the recipe, holds something else, or the recipe names this machine.
+    """
+    files: dict[str, Path | bytes] = {"recipe.yaml": as_text(recipe.public(), "recipe.yaml").encode()}
+    check_for_leaks(files, str(recipe.training.hub_token or ""))
+    private = recipe.training.hub_private_repo is not False
+    api = HfApi(token=recipe.training.hub_token)
+    wanted = Publication(repo, private, "adapter" if recipe.model.use_peft else "merged", files, _identity(files))
+    check_target(api, patiently(lambda: api.model_info(repo)), wanted, replace=recipe.publish.replace)
 
 
 def trained_files(recipe: Recipe, folder: Path) -> dict[str, Path | bytes]:
@@ -166,7 +194,7 @@ def trained_files(recipe: Recipe, folder: Path) -> dict[str, Path | bytes]:
     }
     if record.is_file():
         settings = json.loads(record.read_text(encoding="utf-8"))
-        settings["base_model_name_or_path"] = recipe.public()["model_name_or_path"]
+        settings["base_model_name_or_path"] = yaml.safe_load(public_recipe(recipe, folder))["model_name_or_path"]
         files[record.name] = json.dumps(settings, indent=2).encode()
     return files
 
@@ -215,14 +243,16 @@ def check_for_leaks(files: dict[str, Path | bytes], token: str = "") -> None:
     Raises:
         ValueError: Names the file and what is in it.
     """
-    here = {str(Path.home()), os.getcwd(), tempfile.gettempdir()} - {"/", ""}
+    here = {str(Path.home()), os.getcwd(), tempfile.gettempdir()} - {"/"}
     for name, content in files.items():
         if Path(name).suffix in (".safetensors", ".jpg") or Path(name).name == "tokenizer.json":
             continue
         text = (content if isinstance(content, bytes) else content.read_bytes()).replace(b"\\", b"")  # of Markdown
         found = next((path for path in sorted(here) if re.search(re.escape(path.encode()) + rb"(?![\w-])", text)), None)
+        if found is None and (home := HOME.search(text)):
+            found = home[0].decode()
         if found or SECRET.search(text) or (token and token.encode() in text):
-            what = f"the path {found!r} of this machine" if found else "what looks like a secret"
+            what = f"the path {found!r} of a machine" if found else "what looks like a secret"
             raise ValueError(f"{name} would publish {what}. Take it out of the recipe or the rows that it comes from.")
 
 
@@ -251,8 +281,8 @@ def push(recipe: Recipe) -> str | None:
     set_client_factory(lambda: httpx2.Client(follow_redirects=True, timeout=TIMEOUT))
     api = HfApi(token=token)
     try:
-        repo = check_token(api, wanted.repo)
-        info = find_repo(api, repo, private=wanted.private)
+        check_token(api)
+        info = find_repo(api, wanted.repo, private=wanted.private)
         check_target(api, info, wanted, replace=recipe.publish.replace)
         commit = upload(api, info, wanted)
     except FAILURES as error:
@@ -260,23 +290,13 @@ def push(recipe: Recipe) -> str | None:
             f"{_in_words(error, wanted.repo)}\nNothing is half published. Type the same command again: it looks what "
             "is there, and sends only what is missing."
         ) from error
-    url = f"{api.endpoint}/{repo}"
+    url = f"{api.endpoint}/{wanted.repo}"
     print(f"published: {url} ({'private' if info.private else 'public'}), commit {commit[:12]}")
     return url
 
 
-def check_token(api: HfApi, repo: str) -> str:
-    """
-    Args:
-        api (`HfApi`): With the token.
-        repo (`str`): Hub id, with or without an owner.
-
-    Returns:
-        `str`: The whole id; the token's user owns what names no owner.
-
-    Raises:
-        ValueError: If the token may only read.
-    """
+def check_token(api: HfApi) -> None:
+    """A `ValueError` if the token may only read; one that is not accepted fails as everything else does."""
     user = patiently(api.whoami)
     access = user.get("auth", {}).get("accessToken", {})
     if access.get("role") == "read":
@@ -284,7 +304,6 @@ def check_token(api: HfApi, repo: str) -> str:
             f"The Hub token {access.get('displayName', '')!r} of {user['name']} may only read. Make one that may write "
             "(https://huggingface.co/settings/tokens) and log in with `hf auth login`."
         )
-    return repo if "/" in repo else f"{user['name']}/{repo}"
 
 
 def find_repo(api: HfApi, repo: str, *, private: bool) -> ModelInfo:
@@ -322,12 +341,21 @@ def check_target(api: HfApi, info: ModelInfo, wanted: Publication, *, replace: b
         raise ValueError(f"{info.id} holds something else ({', '.join(sorted(there)[:3])}). {instead}")
     with tempfile.TemporaryDirectory() as folder:
         path = patiently(lambda: api.hf_hub_download(info.id, "recipe.yaml", revision=info.sha, local_dir=folder))
-        before = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        before = _keys(Path(path))
     if other := [key for key, value in wanted.identity.items() if before.get(key) != value]:
         shown = ", ".join(f"{key}: {before.get(key)!r}" for key in other)
         raise ValueError(f"{info.id} holds another model ({shown}). {instead}")
     if wanted.what == "adapter" and any(re.fullmatch(r"model.*\.safetensors", name) for name in there):
         raise ValueError(f"{info.id} holds the merged model. Publish both (--what both), or: --replace true")
+
+
+def _keys(path: Path) -> dict[str, Any]:
+    """What somebody's recipe.yaml says; nothing, if it is none."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def upload(api: HfApi, info: ModelInfo, wanted: Publication) -> str:
@@ -346,15 +374,14 @@ def upload(api: HfApi, info: ModelInfo, wanted: Publication) -> str:
     if not changed and not stale:
         print(f"{info.id} holds exactly this already.")
         return str(info.sha)
-    additions = [CommitOperationAdd(name, for_client(wanted.files[name])) for name in changed]
+    additions = [CommitOperationAdd(name, wanted.files[name]) for name in changed]
     deletions = [CommitOperationDelete(name) for name in stale]
     if stale:
         print(f"of an earlier version, and not in this one: {', '.join(stale)}")
-    # Large files first, where nobody sees them yet. The operations remember what is stored.
-    patiently(lambda: api.preupload_lfs_files(info.id, additions, free_memory=False))
 
     def commit() -> None:
-        # The client does not try a commit again, and of one without an answer nobody knows whether it was made.
+        # Checks the card, stores large files where nobody sees them yet, except for those that are stored already, and
+        # then commits. Of a commit without an answer nobody knows whether it was made: look before trying again.
         if differing(api, info.id, wanted) != ([], []):
             api.create_commit(
                 info.id, [*additions, *deletions], commit_message=f"{wanted.what}, by sft_phi3v", parent_commit=info.sha
@@ -381,23 +408,18 @@ def differing(api: HfApi, repo: str, wanted: Publication) -> tuple[list[str], li
     changed = [
         name
         for name, content in sorted(wanted.files.items())
-        if name not in there or not _same(there[name], wanted.size(name), content)
+        if name not in there or not _holds(there[name], wanted.size(name), content)
     ]
     return changed, sorted(name for name in there if name not in wanted.files and OURS.fullmatch(name))
 
 
-def _same(entry: RepoFile, size: int, content: Path | bytes) -> bool:
+def _holds(entry: RepoFile, size: int, content: Path | bytes) -> bool:
     if entry.size != size:
         return False
     with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
         if entry.lfs is not None:
             return hashlib.file_digest(file, "sha256").hexdigest() == entry.lfs.sha256
         return hashlib.sha1(b"blob %d\0" % size + file.read()).hexdigest() == entry.blob_id  # as git names content
-
-
-def for_client(content: Path | bytes) -> str | bytes:
-    """As `CommitOperationAdd` takes it."""
-    return content if isinstance(content, bytes) else str(content)
 
 
 def patiently(call: Callable[[], T]) -> T:
@@ -451,8 +473,10 @@ def main(argv: list[str] | None = None) -> None:
     """`python -m sft_phi3v.hub RECIPE [--key value …]`"""
     try:
         push(load_recipe(sys.argv[1:] if argv is None else argv))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: nothing is half published. Type the same command again.") from None
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from huggingface_hub import split_state_dict_into_shards_factory
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -33,9 +34,9 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from sft_phi3v.collator import IGNORED, Collator
-from sft_phi3v.evaluation import Completion, Evaluation, trained_folder, write_whole
-from sft_phi3v.model import base_file, load_model, load_trained
-from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM
+from sft_phi3v.evaluation import Completion, Evaluation, public_recipe, trained_folder, write_whole
+from sft_phi3v.model import base_file, load_model, load_trained, on_device
+from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.preview import prepare_held_out
 from sft_phi3v.recipe import Recipe, check_machine, load_recipe
 
@@ -45,6 +46,8 @@ SHARD_SIZE = 2_000_000_000  # bytes: what is in memory beside the live model whi
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 # Most that one layer may differ from the live one for the same input: bfloat16 rounds a weight by up to 0.4 %.
 LAYER_TOLERANCE = 0.01
+# Most rows with another completion: near ties fall otherwise under rounding, now and then in a long one.
+OTHER_COMPLETIONS = 0.2
 # Logits are compared on so many rows, at so many tokens of each: 4 MB per row with Phi-3's 32,064 words.
 LOGIT_ROWS, LOGIT_TOKENS = 64, 32
 
@@ -58,11 +61,13 @@ class Observed:
         logits (`torch.Tensor` of shape `(positions, vocab_size)`): Where the first supervised tokens are predicted.
         completions (`list[Completion]`): Greedy, one per row.
         scores (`dict`): Their scores.
+        settings (`dict`): How it generates, and when it stops: generation_config.json.
     """
 
     logits: torch.Tensor
     completions: list[Completion]
     scores: dict[str, Any]
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,14 @@ class Attempt:
         live ([`Observed`]): The live adapter on that base.
         merged ([`Observed`]): The merged model, loaded from disk.
         layers (`dict[str, float]`): Of each adapted layer the relative error ([`layer_errors`]).
+        files (`dict[str, str]`): SHA-256 of each file, taken before the merged model was loaded from them.
     """
 
     base: str
     live: Observed
     merged: Observed
     layers: dict[str, float]
+    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -127,12 +134,20 @@ def merge(recipe: Recipe) -> Path:
         raise ValueError(f"merge runs in one process, without a launcher: python -m sft_phi3v.merge {recipe.path}")
     folder = trained_folder(recipe)
     target = Path(str(recipe.training.output_dir)) / "merged"
-    collator, held_out_rows = prepare_held_out(recipe)
-    rows = Evaluation(recipe, collator.processor, None, held_out_rows, most=recipe.publish.merge_rows)
-    trained, attempt = attempt_merge(recipe, folder, target, rows, collator)
-    aside = _aside(target, attempt.base)
-    _complete(recipe, collator, aside)
-    problems = differences(attempt, recipe.publish.merge_tolerance)
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ValueError(f"{str(target)!r} is not a folder. The merged model goes there: move it away.")
+    with FileLock(target.with_name(".merge.lock"), blocking=False):
+        collator, held_out_rows = prepare_held_out(recipe)
+        rows = Evaluation(recipe, collator.processor, None, held_out_rows, most=recipe.publish.merge_rows)
+        trained, attempt = attempt_merge(recipe, folder, target, rows, collator)
+        _conclude(recipe, folder, target, trained, attempt)
+    print(f"\n{rows.table()}\n\n{summary(target)}")
+    return target
+
+
+def _conclude(recipe: Recipe, folder: Path, target: Path, trained: Observed, attempt: Attempt) -> None:
+    """Writes the report, and calls the attempt merged, or refused."""
+    aside, problems = _aside(target, attempt.base), differences(attempt, recipe.publish.merge_tolerance)
     report = {
         "verified": not problems,
         "problems": problems,
@@ -143,7 +158,7 @@ def merge(recipe: Recipe) -> Path:
         "against_trained_model": asdict(compare(trained, attempt.merged)),
         "scores": {"trained": trained.scores, "merged": attempt.merged.scores},
         "adapter": file_hashes(folder, "adapter_config.json", "adapter_model.safetensors", "model*.safetensors"),
-        "files": file_hashes(aside, "**/*"),
+        "files": attempt.files,
     }
     write_whole(aside / REPORT, json.dumps(report, indent=2) + "\n")
     if problems:
@@ -155,8 +170,6 @@ def merge(recipe: Recipe) -> Path:
             + f"\nIt lies in {refused}, to be looked at. The limit is `merge_tolerance: {report['tolerance']}`."
         )
     _rename(aside, target)
-    print(f"\n{rows.table()}\n\n{summary(target)}")
-    return target
 
 
 def _aside(target: Path, base: str) -> Path:
@@ -195,13 +208,20 @@ def attempt_merge(
         layers = {}
         if base in wanted:
             write_model(model, aside)
+            complete(recipe, folder, collator, aside)
             layers = layer_errors(model, aside)
         del model
         gc.collect()  # a model is full of reference cycles, and the next one needs its room
         if base in wanted:
-            name = f"merged into the {base} base" if quantised else "merged"
-            merged = observe(name, load_model(recipe, str(aside), quantised=False), rows, collator)
-            attempts[base] = Attempt(base, live[base], merged, layers)
+            name, files = f"merged into the {base} base" if quantised else "merged", file_hashes(aside, "**/*")
+            processor = Phi3VProcessor.from_pretrained(aside)  # what others will read, not what is in memory
+            merged = observe(
+                name,
+                on_device(load_model(recipe, str(aside), quantised=False)),
+                rows,
+                replace(collator, processor=processor),
+            )
+            attempts[base] = Attempt(base, live[base], merged, layers, files)
             gc.collect()
         if base != chosen:
             shutil.rmtree(aside, ignore_errors=True)
@@ -219,6 +239,7 @@ def observe(name: str, model: Phi3VForCausalLM | PeftModel, rows: Evaluation, co
     Returns:
         [`Observed`]: How it behaves.
     """
+    rows.processor = collator.processor
     scores = rows.run(name, model.eval())
     logits = []
     with torch.no_grad(), rows.precision(model):
@@ -227,7 +248,11 @@ def observe(name: str, model: Phi3VForCausalLM | PeftModel, rows: Evaluation, co
             labels = batch.pop("labels")[0]
             predicting = torch.nonzero(labels[1:] != IGNORED).flatten()[:LOGIT_TOKENS]
             logits.append(model(**batch, logits_to_keep=predicting).logits[0].float().cpu())
-    return Observed(torch.cat(logits), rows.completions[name], scores)
+    settings = model.generation_config.to_diff_dict()
+    settings = {
+        key: value for key, value in settings.items() if key not in ("_from_model_config", "transformers_version")
+    }
+    return Observed(torch.cat(logits), rows.completions[name], scores, settings)
 
 
 def compare(expected: Observed, found: Observed) -> Comparison:
@@ -274,6 +299,10 @@ def differences(attempt: Attempt, tolerance: float) -> list[str]:
     if 1 - numbers.same_next_token > max(tolerance, 1 / numbers.positions):
         other = 1 - numbers.same_next_token
         problems.append(f"next token: another one at {other:.2%} of {numbers.positions} positions")
+    if (others := numbers.rows - numbers.same_completions) > max(1, OTHER_COMPLETIONS * numbers.rows):
+        problems.append(f"completions: others in {others} of {numbers.rows} rows")
+    if attempt.live.settings != attempt.merged.settings:
+        problems.append(f"generation_config: {attempt.merged.settings}, expected {attempt.live.settings}")
     allowed = max(1, tolerance * numbers.rows)
     before, after = _flat_scores(attempt.live.scores), _flat_scores(attempt.merged.scores)
     for name, share in before.items():
@@ -402,7 +431,7 @@ def _sources(base: Phi3VForCausalLM) -> list[tuple[str, Callable[[], torch.Tenso
         elif isinstance(module, ModulesToSaveWrapper):
             wrapped.append(name)
             inner = module.modules_to_save[module.active_adapters[0]]
-            found += [(f"{name}.{key}", partial(_same, weight)) for key, weight in inner.state_dict().items()]
+            found += [(f"{name}.{key}", partial(_kept, weight)) for key, weight in inner.state_dict().items()]
             continue
         else:
             inner = module
@@ -410,11 +439,11 @@ def _sources(base: Phi3VForCausalLM) -> list[tuple[str, Callable[[], torch.Tenso
                 found.append((f"{name}.weight", partial(dequantize_module_weight, module)))
         for key, weight in inner.named_parameters(recurse=False):
             if key != "weight":
-                found.append((f"{name}.{key}", partial(_same, weight)))
+                found.append((f"{name}.{key}", partial(_kept, weight)))
     return found
 
 
-def _same(weight: torch.Tensor) -> torch.Tensor:
+def _kept(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
@@ -427,10 +456,18 @@ def _merged_weight(layer: LoraLayer) -> torch.Tensor:
     return weight + layer.get_delta_weight(adapter).float()
 
 
-def _complete(recipe: Recipe, collator: Collator, folder: Path) -> None:
-    """Adds what a folder needs beside the weights to be used by others."""
+def complete(recipe: Recipe, trained: Path, collator: Collator, folder: Path) -> None:
+    """
+    Adds what a folder needs beside the weights to be used by others.
+
+    Args:
+        recipe ([`Recipe`]): The recipe of the run.
+        trained (`Path`): Folder of the adapter; its run's recipe.yaml comes along, without local paths.
+        collator ([`Collator`]): Has the processor.
+        folder (`Path`): The merged folder.
+    """
     collator.processor.save_pretrained(str(folder))
-    (folder / "recipe.yaml").write_text(recipe.text(public=True), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(public_recipe(recipe, trained), encoding="utf-8")
     for name in LICENCES:
         found = base_file(recipe, name)
         if found is not None:
@@ -485,8 +522,12 @@ def main(argv: list[str] | None = None) -> None:
     """`python -m sft_phi3v.merge RECIPE [--key value …]`"""
     try:
         merge(load_recipe(sys.argv[1:] if argv is None else argv))
-    except ValueError as error:
+    except Timeout:
+        raise SystemExit("error: this run is being merged already, by another process.") from None
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: what was merged before, if anything, is as it was.") from None
 
 
 if __name__ == "__main__":

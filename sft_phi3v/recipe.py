@@ -22,7 +22,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -365,32 +365,9 @@ class Recipe:
             dumped["env"] = {name: value for name, value in dumped["env"].items() if not _is_secret(name)}
         return dumped
 
-    def public(self) -> dict[str, Any]:
-        """
-        The resolved recipe for others to read: of a local path only its last name, and nothing of this machine.
-
-        Returns:
-            `dict[str, Any]`: As [`Recipe.dump`].
-        """
-
-        def cleaned(key: str, value: Any) -> Any:
-            if isinstance(value, dict):
-                return {inner: cleaned(inner, one) for inner, one in value.items()}
-            if isinstance(value, list):
-                return [cleaned(key, one) for one in value]
-            if not isinstance(value, str) or key in ("prompt", "answer"):
-                return value
-            path = Path(value).expanduser()
-            local = path.is_absolute() or key == "output_dir" or (key in _PATHS and path.exists())
-            return path.name if local else value
-
-        left_out = {"env", "run_name", "push", *vars(self.publish)}
-        return {key: cleaned(key, value) for key, value in self.dump().items() if key not in left_out}
-
-    def text(self, *, public: bool = False) -> str:
-        """The resolved recipe as the text of a file, whole or [`Recipe.public`]."""
-        keys, name = (self.public(), Path(self.path).name) if public else (self.dump(), self.path)
-        return f"# {name}, resolved\n{yaml.safe_dump(keys, sort_keys=False, allow_unicode=True, width=119)}"
+    def public(self, local_paths: Collection[str] = ()) -> dict[str, Any]:
+        """[`public_keys`] of this recipe."""
+        return public_keys(self.dump(), local_paths)
 
     def save(self, output_dir: str | os.PathLike[str]) -> Path:
         """
@@ -405,12 +382,50 @@ class Recipe:
         path = Path(output_dir, "recipe.yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")  # a run that dies here leaves no half recipe
-        aside.write_text(self.text(), encoding="utf-8")
+        aside.write_text(as_text(self.dump(), self.path), encoding="utf-8")
         os.replace(aside, path)
         return path
 
 
-def load_recipe(argv: list[str]) -> Recipe:
+def local_paths(keys: Mapping[str, Any]) -> list[str]:
+    """Those values of a recipe that are files or folders here, and not Hub ids: a relative path tells nobody."""
+    named = [part.get(key) for part in (keys, *keys.get("datasets", [])) for key in _PATHS]
+    return sorted({value for value in named if isinstance(value, str) and Path(value).expanduser().exists()})
+
+
+def public_keys(keys: Mapping[str, Any], paths: Collection[str] = ()) -> dict[str, Any]:
+    """
+    A resolved recipe for others to read: of a local path only its last name, and nothing of this machine.
+
+    Args:
+        keys (`Mapping[str, Any]`): As [`Recipe.dump`] gives them.
+        paths (collection of `str`, *optional*): What was a local path where the run was made.
+
+    Returns:
+        `dict[str, Any]`: The keys that make the run.
+    """
+    local = {*paths, *local_paths(keys)}
+
+    def cleaned(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {inner: cleaned(inner, one) for inner, one in value.items()}
+        if isinstance(value, list):
+            return [cleaned(key, one) for one in value]
+        if not isinstance(value, str) or key in ("prompt", "answer"):
+            return value
+        path = Path(value).expanduser()
+        return path.name if path.is_absolute() or key == "output_dir" or value in local else value
+
+    left_out = {"env", "run_name", "push", *(item.name for item in fields(PublishArguments))}
+    return {key: cleaned(key, value) for key, value in keys.items() if key not in left_out}
+
+
+def as_text(keys: dict[str, Any], origin: str) -> str:
+    """Resolved keys as the text of a recipe file."""
+    return f"# {origin}, resolved\n{yaml.safe_dump(keys, sort_keys=False, allow_unicode=True, width=119)}"
+
+
+def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
     """
     Read a recipe file and the overrides that follow it, `RECIPE [--key value ...]`.
 
@@ -419,6 +434,7 @@ def load_recipe(argv: list[str]) -> Recipe:
 
     Args:
         argv (`list[str]`): `sys.argv[1:]`. The path comes first, or after `--config`.
+        set_environment (`bool`, *optional*, defaults to `True`): `False` for a recipe that a stranger may have written.
 
     Returns:
         [`Recipe`]: The recipe, every value checked.
@@ -464,7 +480,8 @@ def load_recipe(argv: list[str]) -> Recipe:
     if problems:
         raise ValueError("\n".join(problems))
 
-    os.environ.update({name: str(value) for name, value in env.items()})
+    if set_environment:
+        os.environ.update({name: str(value) for name, value in env.items()})
     values = {key: value for key, value in settings.items() if key != "env"}
     values["datasets"] = list(settings.get("datasets", []))  # TRL makes objects of its mappings, in place
     if _wants_bf16(values) and not is_torch_bf16_gpu_available():

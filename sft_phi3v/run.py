@@ -23,13 +23,13 @@ from trl import SFTTrainer
 
 from sft_phi3v.card import render_card
 from sft_phi3v.data import to_examples
-from sft_phi3v.evaluation import Evaluation, write_whole
-from sft_phi3v.hub import check_for_leaks, for_client, trained_files
+from sft_phi3v.evaluation import Evaluation, public_recipe, write_whole
+from sft_phi3v.hub import check_before_training, check_for_leaks, trained_files
 from sft_phi3v.model import base_commit, landing_table, load_model, lora_config
 from sft_phi3v.phi3_v import Phi3VConfig
 from sft_phi3v.prepare import prepare as prepare_data
 from sft_phi3v.preview import prepare, print_once
-from sft_phi3v.recipe import Recipe, check_machine, check_output_dir, differences, load_recipe
+from sft_phi3v.recipe import Recipe, check_machine, check_output_dir, differences, load_recipe, local_paths
 from sft_phi3v.streaming import Passing, Resume, Stream
 
 
@@ -67,6 +67,8 @@ def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
         callbacks=[Resume()],
     )
     trainer.recipe = recipe
+    if recipe.training.push_to_hub and trainer.is_world_process_zero():
+        check_before_training(recipe, trainer.hub_model_id)
     # TRL turns the adapter of a quantised model into bfloat16, but PEFT reads a checkpoint back as float32: a resumed
     # run would go on in another precision than the one that was cut. Small updates need float32 in any case.
     if isinstance(trainer.model, PeftModel):
@@ -123,7 +125,10 @@ class Trainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.is_world_process_zero():
-            write_whole(Path(str(self.args.output_dir), "README.md"), self._card())
+            try:
+                write_whole(Path(str(self.args.output_dir), "README.md"), self._card())
+            except Exception as error:  # whatever is odd about the data, a card is not worth a run
+                print(f"model card: not written: {error}", flush=True)
 
     def _card(self) -> str:
         repo = self.hub_model_id if self.args.push_to_hub else self.recipe.training.hub_model_id
@@ -148,13 +153,17 @@ class Trainer(SFTTrainer):
             self._publish(Path(checkpoint_folder), f"Training in progress, step {self.state.global_step}")
 
     def _publish(self, folder: Path, message: str) -> None:
-        """Begins to upload; training goes on meanwhile."""
-        files = trained_files(self.recipe, folder)
-        files |= {"README.md": self._card().encode(), "recipe.yaml": self.recipe.text(public=True).encode()}
-        check_for_leaks(files, str(self.args.hub_token or ""))
+        """Begins to upload; training goes on meanwhile, and if the Hub will not have it."""
+        try:
+            files = trained_files(self.recipe, folder)
+            files |= {"README.md": self._card().encode(), "recipe.yaml": public_recipe(self.recipe, folder).encode()}
+            check_for_leaks(files, str(self.args.hub_token or ""))
+        except Exception as error:
+            print(f"hub: this was not published: {error}", flush=True)
+            return
         job = HfApi(token=self.args.hub_token).create_commit(
             self.hub_model_id,
-            [CommitOperationAdd(name, for_client(content)) for name, content in files.items()],
+            [CommitOperationAdd(name, content) for name, content in files.items()],
             commit_message=message,
             revision=self.args.hub_revision,
             run_as_future=True,
@@ -231,6 +240,7 @@ def _save_environment(recipe: Recipe, config: Phi3VConfig, train: int, held_out:
         "rows": {"train": train, "held_out": held_out},
         "base_revision": base_commit(config),
         "commit": commit or None,
+        "local_paths": local_paths(recipe.dump()),
     }
     folder = Path(str(recipe.training.output_dir))
     write_whole(folder / "environment.json", json.dumps(environment, indent=2) + "\n")

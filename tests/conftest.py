@@ -219,16 +219,21 @@ def write_recipe(tmp_path, tiny_folder, pictures_folder):
 
 
 @pytest.fixture(scope="session")
-def trained_run(tmp_path_factory, tiny_folder, pictures_folder):
-    """Folder of a run that is over: recipe.yaml, a 4-bit adapter that has learned something, scores, examples."""
+def trained_run(tmp_path_factory, pictures_folder):
+    """Folder of a run that is over and has learned to answer: recipe.yaml, a 4-bit adapter, scores, examples."""
     from sft_phi3v import run
 
     folder = tmp_path_factory.mktemp("trained") / "out"
     keys = RECIPE | {
-        "model_name_or_path": str(tiny_folder),
+        "model_name_or_path": str(REPOSITORY / "recipes" / "tiny_base"),
         "dataset_name": str(pictures_folder),
         "output_dir": str(folder),
-        "learning_rate": 2e-2,
+        "lora_r": 16,
+        "lora_alpha": 16,
+        "max_steps": 24,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-3,
+        "max_new_tokens": 24,
     }
     path = folder.parent / "recipe.yaml"
     path.write_text(yaml.safe_dump(keys))
@@ -236,6 +241,8 @@ def trained_run(tmp_path_factory, tiny_folder, pictures_folder):
     torch.set_num_threads(1)
     run.main([str(path)])
     torch.set_num_threads(before)
+    scores = json.loads((folder / "metrics.json").read_text())["after"]
+    assert (scores["parsed"], scores["stopped"]) == (1.0, 1.0)
     return folder
 
 

@@ -1,6 +1,7 @@
 """Pictures in, answers out: any model, any form of input, and nothing half-written."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -113,23 +114,22 @@ def test_a_file_of_prompts(merged_run, pictures, tmp_path):
             ],
         },
         {"image": "missing.png"},
+        {"image": "thin.png", "note": "a\u2028b"},
     ]
-    (pictures / "prompts.jsonl").write_text("\n".join(json.dumps(line) for line in asked) + "\n\n")
+    Image.new("RGB", (1, 5000)).save(pictures / "thin.png")
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in asked) + "\n\n"
+    (pictures / "prompts.jsonl").write_text(text, encoding="utf-8-sig")
     output = tmp_path / "answers.jsonl"
     arguments = ["--model", str(merged_run / "merged"), str(pictures / "prompts.jsonl"), "--output", str(output)]
-    with pytest.raises(SystemExit, match=r"error: 1 of 7 inputs could not be read"):
+    with pytest.raises(SystemExit, match=r"error: 2 of 8 inputs could not be read"):
         generate.main(arguments)
-    found = lines(output)
+    found = [json.loads(line) for line in output.read_text().split("\n")[:-1]]
     for line, before in zip(found, asked, strict=True):
         assert line | before == line  # everything that was asked is kept
-    assert "No such file" in found[-1]["error"] and "text" not in found[-1]
-    assert all("text" in line for line in found[:-1])
+    assert "No such file" in found[-2]["error"] and "text" not in found[-2]
+    assert "cannot be cut into crops" in found[-1]["error"]
+    assert all("text" in line for line in found[:-2])
     assert not list(tmp_path.glob("*.part"))
-
-
-def test_the_pictures_of_a_line_stand_where_training_puts_them():
-    prompt = generate._conversation({"messages": [{"role": "user", "content": "What?"}]}, [Path("a"), Path("b")])
-    assert prompt.messages[0]["content"] == [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What?"}]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,10 @@ def test_the_pictures_of_a_line_stand_where_training_puts_them():
         ("not json", "line 1: Expecting value"),
         ('"text"', "line 1: "),
         ('{"images": ["a.jpg"], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]}',
-         "line 1: `messages` have 2 pictures and `images` 1"),
+         "line 1: 2 image parts in `messages` and 1 pictures"),
+        ('{"messages": []}', "there is nothing to answer"),
+        ('{"image": "a.jpg", "text": "mine"}', "the key 'text' is one of the answer's"),
+        ("\n", "this file is empty"),
         ('{"messages": [{"role": "assistant", "content": "Hello."}]}', "there is nothing to answer"),
     ],
 )  # fmt: skip
@@ -173,14 +176,39 @@ def test_what_is_wrong_is_one_line(finished_run, pictures, tmp_path, monkeypatch
     assert "is an adapter without recipe.yaml" in error_of("--model", str(folder), picture)
 
 
-def test_an_adapter_whose_base_has_moved(finished_run, tiny_folder, pictures, tmp_path, capsys):
+def test_an_adapter_whose_base_has_moved(finished_run, pictures, capsys):
     folder, _ = finished_run
     record = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(record | {"base_model_name_or_path": "gone"}))
+    (folder / "adapter_config.json").write_text(json.dumps(record | {"base_model_name_or_path": "/gone"}))
     with pytest.raises(SystemExit):
         generate.main(["--model", str(folder), str(pictures / "a.jpg")])
-    assert "base model was the folder 'gone'. Say where it lies: --base_model" in capsys.readouterr().err
-    generate.main(["--model", str(folder), str(pictures / "a.jpg"), "--base_model", str(tiny_folder)])
+    assert "say where it lies: --base_model" in capsys.readouterr().err
+    base = str(REPOSITORY / "recipes" / "tiny_base")
+    generate.main(["--model", str(folder), str(pictures / "a.jpg"), "--base_model", base])
+
+
+def test_a_recipe_beside_a_model_sets_no_environment(merged_run, pictures, tmp_path, monkeypatch, capsys):
+    """Anybody may have written it: HTTPS_PROXY, say, would send the token to them."""
+    monkeypatch.delenv("HTTPS_PROXY", raising=False)
+    folder = tmp_path / "model"
+    shutil.copytree(merged_run / "merged", folder)
+    with (folder / "recipe.yaml").open("a") as file:
+        file.write("env: {HTTPS_PROXY: 'http://elsewhere'}\n")
+    assert generate.load(str(folder)).task.answer == "Colour: {label}."
+    assert "HTTPS_PROXY" not in os.environ
+    with (folder / "recipe.yaml").open("a") as file:
+        file.write("key_of_another_version: 1\n")
+    assert generate.load(str(folder)).task.answer is None  # a whole model can be asked all the same
+    assert "recipe.yaml" in capsys.readouterr().err
+
+
+def test_pictures_are_upright_as_in_training(merged_run, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 30), "red").save(tmp_path / "phone.jpg", exif=exif)
+    loaded = generate.load(str(merged_run / "merged"))
+    (prompt,) = generate.prompts([str(tmp_path / "phone.jpg")], "What?")
+    assert [image.size for image in generate._pictures(loaded, prompt)] == [(30, 60)]
 
 
 def test_cut_in_the_middle_it_leaves_no_file_that_looks_whole(merged_run, pictures, tmp_path, monkeypatch):

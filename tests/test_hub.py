@@ -7,17 +7,20 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 import yaml
 from hub_server import Fault, HubServer, check_card
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file, save_file
 
-from sft_phi3v import hub, merge, run
+from sft_phi3v import card, hub, merge, run
+from sft_phi3v.recipe import load_recipe
 
 # The client itself sends files in a way that its HTTP library wants to be rid of.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -28,6 +31,7 @@ TOKENS = {
     "hf_fine": {"role": "fineGrained", "name": "me", "writes": ["me/allowed"]},
     "hf_other": {"role": "write", "name": "other"},
 }
+REPOSITORY = Path(__file__).resolve().parents[1]
 REPO = "me/model"
 EMPTY = {".gitattributes"}
 
@@ -51,6 +55,7 @@ def server(waits, monkeypatch):
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # made once, with the endpoint of that time
         monkeypatch.setenv("HF_TOKEN", "hf_write")
         yield server
 
@@ -78,7 +83,7 @@ def files_of(folder):
 def test_what_is_published_is_the_merged_folder_with_its_card(folder, server, capsys):
     hub.main(arguments(folder))
     found = published(server)
-    card = found.pop("README.md").decode()
+    text = found.pop("README.md").decode()
     pictures = {name for name in found if name.startswith("examples/")}
     assert {name: found[name] for name in found.keys() - pictures - EMPTY} == files_of(folder / "merged")
     assert len(pictures) == 3  # as many as rows were scored
@@ -88,19 +93,20 @@ def test_what_is_published_is_the_merged_folder_with_its_card(folder, server, ca
     told = capsys.readouterr().out
     assert f"published: {server.url}/{REPO} (private), commit {server.commits(REPO)[-1].id[:12]}" in told
 
-    assert check_card(card) == ([], [])
-    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert check_card(text) == ([], [])
+    metadata = yaml.safe_load(text.split("---\n")[1])
     assert metadata["license"] == "mit"
     assert "base_model" not in metadata  # a folder here is no model on the Hub
     results = metadata["model-index"][0]["results"][0]
     assert {metric["name"] for metric in results["metrics"]} == {"parsed", "stopped", "label exact"}
     scores = json.loads((folder / "metrics.json").read_text())
-    assert f"| after | 3 | {100 * scores['after']['parsed']:.1f}% |" in card
+    assert f"| after | 3 | {100 * scores['after']['parsed']:.1f}% |" in text
     for row in ("before", "baseline", "after, pictures shuffled", "trained", "merged"):
-        assert f"| {row} | 3 |" in card
-    for line in (folder / "completions.jsonl").read_text().splitlines():
+        assert f"| {row} | 3 |" in text
+    for number, line in enumerate((folder / "completions.jsonl").read_text().splitlines(), start=1):
         line = json.loads(line)
-        assert f"![row {line['row']}](examples/{line['row']}.jpg) | {line['reference']} |" in card
+        assert f"| ![](examples/{number}.jpg) | {line['reference']} | {line['after']['text']} |" in text
+    assert yaml.safe_load(found["recipe.yaml"])["max_steps"] == 24  # as it was trained, not as this command says
 
     # Again: it is there already, and nothing is sent.
     sent, commits = len(server.uploads), len(server.commits(REPO))
@@ -109,11 +115,11 @@ def test_what_is_published_is_the_merged_folder_with_its_card(folder, server, ca
     assert (len(server.uploads), len(server.commits(REPO))) == (sent, commits)
 
 
-def test_nothing_of_this_machine_is_published(folder, server, tiny_folder, pictures_folder):
+def test_nothing_of_this_machine_is_published(folder, server, pictures_folder):
     hub.main(arguments(folder, what="both"))
     for name, content in published(server).items():
         assert not name.endswith((".bin", ".pt", ".pkl")), name
-        for path in (tiny_folder, pictures_folder, folder, folder.parent):
+        for path in (REPOSITORY, pictures_folder, folder, folder.parent):
             assert str(path).encode() not in content, name
         assert b"hf_write" not in content, name
 
@@ -124,7 +130,7 @@ def test_the_adapter_alone_and_both(folder, server):
     assert found.keys() - EMPTY >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"}
     assert "model.safetensors" not in found and "merge_report.json" not in found
     assert found["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
-    assert "A LoRA adapter for tiny_phi3_v" in found["README.md"].decode()
+    assert "A LoRA adapter for tiny_base" in found["README.md"].decode()
     assert check_card(found["README.md"].decode()) == ([], [])
 
     hub.main(arguments(folder, what="both"))
@@ -337,8 +343,8 @@ def test_a_merge_that_was_found_wrong_is_refused(folder, server):
     ("changes", "token", "message"),
     [
         ({"hub_model_id": "null"}, "hf_write", r"`hub_model_id` is 'missing', expected the Hub id"),
+        ({"hub_model_id": "model"}, "hf_write", r"`hub_model_id` is 'model', expected the Hub id .* with its owner"),
         ({"hub_model_id": "a/b/c"}, "hf_write", r"`hub_model_id` is 'a/b/c', expected the Hub id"),
-        ({"license": "null"}, "hf_write", r"`license` is missing and the base model's card names none"),
         ({}, None, r"There is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN"),
         ({}, "hf_wrong", r"the Hub does not accept the token"),
         ({}, "hf_read", r"of me may only read"),
@@ -354,17 +360,81 @@ def test_what_is_missing_is_one_clear_message(changes, token, message, folder, s
     assert not server.uploads
 
 
+def test_without_a_licence_nothing_is_published(folder, server, monkeypatch):
+    assert (
+        "license: apache-2.0"
+        in hub.publication(load_recipe(arguments(folder, license="null"))).files["README.md"].decode()
+    )  # the base model's
+    monkeypatch.setattr(card, "base_file", lambda *args: None)
+    with pytest.raises(SystemExit, match=r"`license` is missing and the base model's card names none"):
+        hub.main(arguments(folder, license="null"))
+    assert not server.requests
+
+
+def test_what_the_hub_does_not_accept_is_found_before_anything_is_sent(folder, server):
+    with pytest.raises(SystemExit, match=r"(?i)invalid metadata"):
+        hub.main(arguments(folder, license="Apache 2"))
+    assert not server.uploads
+    assert published(server).keys() <= EMPTY
+
+
+def test_somebody_elses_commit_in_the_meantime_is_not_overwritten(folder, server):
+    api = HfApi(endpoint=server.url, token="hf_write")
+
+    def meanwhile(path):
+        api.upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id=REPO)
+
+    server.fail("POST /preupload/", meanwhile)
+    with pytest.raises(SystemExit, match=r"somebody else changed me/model in the meantime"):
+        hub.main(arguments(folder))
+    assert published(server).keys() - EMPTY == {"notes.txt"}
+
+
+def test_a_commit_that_the_hub_only_claims_is_noticed(folder, server):
+    claim = json.dumps({"commitOid": "0" * 40, "commitUrl": f"{server.url}/{REPO}/commit/{'0' * 40}", "success": True})
+    server.fail("POST /commit/", Fault(200, {"Content-Type": "application/json"}, claim.encode()))
+    with pytest.raises(SystemExit, match=r"after the commit the Hub holds other content"):
+        hub.main(arguments(folder))
+
+
+def test_the_card_gives_other_weights_their_own_scores(finished_run, server):
+    folder, argv = finished_run
+    merge.main([*argv, "--merge_base", "original"])
+    report = json.loads((folder / "merged" / "merge_report.json").read_text())
+    report["scores"]["merged"]["fields"]["label"]["exact"] = 1 / 3  # as if the choice had cost two rows
+    (folder / "merged" / "merge_report.json").write_text(json.dumps(report))
+    hub.main(arguments(folder))
+    text = published(server)["README.md"].decode()
+    metrics = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"][0]["metrics"]
+    assert {metric["name"]: metric["value"] for metric in metrics}["label exact"] == 0.3333
+    assert "after, pictures shuffled" not in text and "## Examples" not in text
+    error = report["against_trained_model"]["relative_error"]
+    assert f"against the model that was trained, the relative error of the logits is\n{100 * error:.2f} %" in text
+
+
+def test_odd_answers_and_names_make_a_valid_card(folder, server):
+    lines = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["after"]["text"] = "| <b>{{ 7 * 7 }}</b>\u2028\n---\n`x` ![a](b)"
+    (folder / "completions.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    text = hub.publication(load_recipe(arguments(folder))).files["README.md"].decode()
+    assert check_card(text) == ([], [])
+    assert r"| \| \<b\>\{\{ 7 \* 7 \}\}\</b\> --- \`x\` !\[a\](b) |" in text
+
+
 def test_a_repository_that_holds_something_else_is_left_alone(folder, server):
     api = HfApi(endpoint=server.url, token="hf_write")
     api.create_repo(REPO, private=True)
-    api.upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id=REPO)
-    with pytest.raises(SystemExit, match=r"me/model holds something else .notes\.txt.*--replace true"):
+    mine = {"notes.txt": b"mine", "style_lora.safetensors": b"weights", "model.safetensors": b"old"}
+    for name, content in mine.items():
+        api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=REPO)
+    with pytest.raises(SystemExit, match=r"me/model holds something else .*--replace true"):
         hub.main(arguments(folder))
     assert published(server)["notes.txt"] == b"mine"
     hub.main(arguments(folder, replace="true"))
     found = published(server)
-    assert found["notes.txt"] == b"mine"  # not ours to delete
-    assert "model.safetensors" in found
+    assert (found["notes.txt"], found["style_lora.safetensors"]) == (b"mine", b"weights")  # not ours to delete
+    assert found["model.safetensors"] == (folder / "merged" / "model.safetensors").read_bytes()
 
 
 def test_another_model_is_not_overwritten_and_an_earlier_version_is(folder, server):
@@ -375,7 +445,10 @@ def test_another_model_is_not_overwritten_and_an_earlier_version_is(folder, serv
     recipe = yaml.safe_load(before["recipe.yaml"])
     other = yaml.safe_dump(recipe | {"prompt": "Which city is this?"}).encode()
     api = HfApi(endpoint=server.url, token="hf_write")
-    api.upload_file(path_or_fileobj=other, path_in_repo="recipe.yaml", repo_id=REPO)
+    for broken in (b"- a list", b"\t: no yaml: [", other):
+        api.upload_file(path_or_fileobj=broken, path_in_repo="recipe.yaml", repo_id=REPO)
+        with pytest.raises(SystemExit, match=r"holds another model"):
+            hub.main(arguments(folder))
     with pytest.raises(SystemExit, match=r"holds another model .prompt: 'Which city is this\?'."):
         hub.main(arguments(folder))
     api.upload_file(
@@ -406,7 +479,9 @@ def test_private_is_not_published_into_a_public_repository(folder, server):
 def test_text_that_names_this_machine_or_a_secret_stops_it(folder, server, monkeypatch):
     lines = (folder / "completions.jsonl").read_text().splitlines()
     for planted, message in (
-        (os.path.expanduser("~/private/file"), "the path .* of this machine"),
+        (os.path.expanduser("~/private/file"), "the path .* of a machine"),
+        ("see /home/alice/x", "the path '/home/alice' of a machine"),
+        ("ghp_abcdefghijklmnopqrstuvwx", "what looks like a secret"),
         ("hf_abcdefghijklmnopqrstuvwx", "what looks like a secret"),
     ):
         found = [json.loads(line) for line in lines]
@@ -428,14 +503,24 @@ def test_push_to_hub_while_training_publishes_adapters_with_our_card(write_recip
     assert found["adapter_model.safetensors"] == (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     assert not [name for name in found if name.endswith(".bin") or "checkpoint" in name]
     assert b"/" not in found["recipe.yaml"].replace(REPO.encode(), b"")
-    card = found["README.md"].decode()
-    assert check_card(card) == ([], [])
-    assert "| after | 2 |" in card
+    text = found["README.md"].decode()
+    assert check_card(text) == ([], [])
+    assert "| after | 2 |" in text
     assert server.repos[("models", REPO)].private
     titles = [commit.title for commit in server.commits(REPO)]
     assert titles[-1] == "With scores"
     told = capsys.readouterr().out
     assert "hub: this was not published: " in told
+
+
+def test_training_refuses_a_repository_that_it_would_spoil(write_recipe, server):
+    api = HfApi(endpoint=server.url, token="hf_write")
+    api.create_repo("me/public", private=False)
+    api.create_repo("me/other", private=True)
+    api.upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="me/other")
+    for repo, message in (("me/public", "is public"), ("me/other", "holds something else")):
+        with pytest.raises(SystemExit, match=message):
+            run.main([write_recipe(push_to_hub=True, hub_model_id=repo)])
 
 
 def test_checkpoints_with_pickles_are_not_published(write_recipe):

@@ -20,6 +20,7 @@ from sft_phi3v.recipe import (
     PublishArguments,
     Recipe,
     TaskArguments,
+    as_text,
     check_machine,
     check_output_dir,
     help_text,
@@ -455,5 +456,5 @@ def test_what_others_may_read_of_a_recipe_names_nothing_of_this_machine(write_re
     assert not public.keys() & {"env", "hub_token", "run_name", "adapter"}
     assert str(tmp_path) not in str(public) and "tiny_phi3_v" in public["model_name_or_path"]
     copy = tmp_path / "copy.yaml"
-    copy.write_text(load_recipe([path]).text(public=True))
+    copy.write_text(as_text(public, "recipe.yaml"))
     assert load_recipe([str(copy)]).task == load_recipe([path]).task
