@@ -101,9 +101,9 @@ class Publication:
 
     def table(self) -> str:
         """Every file with its size, the target and the card, for people."""
-        lines = [f"{self.size(name) / 1e6:>12,.3f} MB  {name}" for name in sorted(self.files)]
+        lines = [f"{self.size(name) / 1e3:>14,.1f} kB  {name}" for name in sorted(self.files)]
         total = sum(map(self.size, self.files))
-        lines.append(f"{total / 1e6:>12,.3f} MB  in {len(self.files)} files")
+        lines.append(f"{total / 1e3:>14,.1f} kB  in {len(self.files)} files")
         card = self.files["README.md"]
         assert isinstance(card, bytes)
         seen = "private" if self.private else "public"

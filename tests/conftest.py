@@ -218,6 +218,15 @@ def write_recipe(tmp_path, tiny_folder, pictures_folder):
     return write
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Two threads that get in each other's way are several times slower than one, and sums differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory, pictures_folder):
     """Folder of a run that is over and has learned to answer: recipe.yaml, a 4-bit adapter, scores, examples."""

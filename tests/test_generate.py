@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from sft_phi3v import generate
@@ -16,12 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ANSWER = "Product: {title}, Category: {category3_code}, Full Price: {full_price}"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

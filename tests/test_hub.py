@@ -148,8 +148,8 @@ def test_a_dry_run_shows_everything_and_needs_no_hub(folder, monkeypatch, capsys
     hub.main(arguments(folder, dry_run="true"))
     told = capsys.readouterr().out
     assert f"merged → https://huggingface.co/{REPO} (private)" in told
-    size = (folder / "merged" / "model.safetensors").stat().st_size / 1e6
-    assert f"{size:.3f} MB  model.safetensors" in told
+    size = (folder / "merged" / "model.safetensors").stat().st_size / 1e3
+    assert f"{size:,.1f} kB  model.safetensors" in told
     assert "model-index:" in told and "## Scores" in told
     assert "Nothing was published" in told
 

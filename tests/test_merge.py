@@ -23,12 +23,7 @@ BASE = Path(__file__).resolve().parents[1] / "recipes" / "tiny_base"
 QKV = "model.layers.0.self_attn.qkv_proj.weight"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def report(folder):

@@ -21,9 +21,10 @@ from sft_phi3v.data import ROW, load_splits
 from sft_phi3v.recipe import Recipe, load_recipe
 from sft_phi3v.streaming import Passing, Stream, load_stream
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This DataLoader will create"
-)  # more workers than this machine has cores
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # more workers than this machine has cores
+]
 
 IMAGE = {"image": Image(), "title": Value("string"), "price": Value("int64")}
 
@@ -220,14 +221,6 @@ def fits(example):
 
 
 # --- whole runs ---
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
