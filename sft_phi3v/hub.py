@@ -64,7 +64,7 @@ IDENTITY = ("model_name_or_path", "dataset_name", "datasets", "prompt", "answer"
 SECRET = re.compile(
     rb"\b(hf_|gh[pousr]_|github_pat_|sk-|AKIA|xox[abp]-|glpat-)[A-Za-z0-9_-]{16,}|(?i:(api_?key|password|token)\W{1,3}\w{20,})"
 )
-HOME = re.compile(rb"(/home/|/Users/|[A-Z]:\\?Users\\?)[\w.-]+")
+HOME = re.compile(rb"(?<![\w.])(/home/|/Users/|[A-Z]:Users)[\w.-]+")  # backslashes are gone by then
 
 TIMEOUT = 60.0  # seconds without a byte; the client's own is none at all
 WAITS = (1, 4, 15)  # seconds before another attempt at what the client itself does not try again
@@ -112,7 +112,8 @@ class Publication:
 
 def publication(recipe: Recipe) -> Publication:
     """
-    Gathers what is to be published, and refuses what must not be. Needs no network.
+    Gathers what is to be published, and refuses what must not be. Needs no network, but for the licence of a base model
+    on the Hub.
 
     Args:
         recipe ([`Recipe`]): The recipe of the run; `hub_model_id`, `hub_private_repo` and `what` say where and what.

@@ -426,3 +426,28 @@ def test_help_is_quick_and_says_where_keys_are_described(capsys):
         run.main(["--help"])
     assert stop.value.code == 0
     assert "--num_crops" in capsys.readouterr().out
+
+
+def test_rows_of_several_data_sets_with_odd_text_end_in_a_card(write_recipe, pictures_folder, tmp_path):
+    """A row's name is then a path and a number, which is no file name; and U+2028 ends a line to some readers."""
+    paths = []
+    for colour in ("red", "blue"):
+        folder = tmp_path / "data" / colour
+        folder.mkdir(parents=True)
+        rows = [
+            {"image": str(pictures_folder / colour / f"{number}.png"), "label": f"{colour}\u2028| <b>"}
+            for number in range(8)
+        ]
+        (folder / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+        paths.append({"path": str(folder)})
+    path = write_recipe(
+        datasets=paths, dataset_name=None, save_steps=1, max_steps=2, prompt="Which {{colour}}?", held_out=4
+    )
+    run.main([path])
+    out = tmp_path / "out"
+    text = (out / "README.md").read_text()
+    assert "pictures of red, blue" in text
+    assert "> Which {colour}?" in text
+    assert len(list((out / "examples").glob("*.jpg"))) == 3
+    assert text.count("![](examples/") == 3
+    assert str(tmp_path) not in text
