@@ -24,6 +24,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from peft import PeftModel
 from tqdm import tqdm
@@ -72,12 +73,15 @@ def generate(
         processor ([`Phi3VProcessor`]): Its processor.
         examples (sequence of `dict`): `{"images", "messages", "row"}` each.
         max_new_tokens (`int`): Longest completion, in tokens.
-        batch_size (`int`): Rows generated at once on each process.
+        batch_size (`int`): Rows generated at once on each process; half as many, and so on, where memory does not last.
         description (`str`, *optional*): Text of the progress bar.
         progress (`bool`, *optional*): Whether to show it.
 
     Returns:
         `list[Completion]`: In the order of `examples`, the same on every process.
+
+    Raises:
+        ValueError: If a picture cannot be read, or one row alone does not fit into memory.
     """
     state = PartialState()
     # Rows of like length share a batch, so that little is padded; longest first: a batch too large fails at once.
@@ -90,14 +94,35 @@ def generate(
     found: list[tuple[int, Completion]] = []
     quiet = not (progress and state.is_main_process)
     with torch.no_grad(), tqdm(total=len(order), desc=description, disable=quiet) as bar:
-        for batch in batches[state.process_index :: state.num_processes]:
-            completions = _generate_batch(model, processor, [examples[index] for index in batch], max_new_tokens)
+        left = batches[state.process_index :: state.num_processes]
+        while left:
+            batch = left.pop(0)
+            try:
+                completions = _generate_batch(model, processor, [examples[index] for index in batch], max_new_tokens)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                left = _halved([batch, *left], error)
+                clear_device_cache(garbage_collection=True)
+                continue
             found += zip(batch, completions, strict=True)
             bar.update(min(len(batch) * state.num_processes, bar.total - bar.n))
     model.train(was_training)
     if state.num_processes > 1:
         found = gather_object(found)
     return [completion for _, completion in sorted(found, key=lambda pair: pair[0])]
+
+
+def _halved(batches: list[list[int]], error: RuntimeError) -> list[list[int]]:
+    """The same rows in batches half as large as the first, which did not fit."""
+    size = len(batches[0]) // 2
+    if not size:
+        raise ValueError(
+            "One row alone does not fit into memory while it is generated. Lower `num_crops` or `max_new_tokens`."
+        ) from error
+    print(f"out of memory: generating {size} rows at once from here on (`generation_batch_size`)", flush=True)
+    rows = [row for batch in batches for row in batch]
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _generate_batch(

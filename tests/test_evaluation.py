@@ -2,12 +2,14 @@
 
 import io
 import json
+from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
 
+from sft_phi3v import evaluation
 from sft_phi3v.data import ROW
 from sft_phi3v.evaluation import Completion, Evaluation, Scorer, ShuffledPictures, generate
 from sft_phi3v.phi3_v import Phi3VForCausalLM
@@ -144,6 +146,39 @@ def test_batched_generation_gives_what_one_by_one_gives(model, tiny_processor):
     assert together == alone
     assert model.training  # as it was found
     assert [completion.reference for completion in together] == ["red", "green", "blue", "pink", "black"]
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(model, tiny_processor, monkeypatch, capsys):
+    examples = rows(["red", "green", "blue", "white", "black", "pink", "brown"])
+    expected = generate(model, tiny_processor, examples, max_new_tokens=4, batch_size=4, progress=False)
+    whole, sizes = evaluation._generate_batch, []
+
+    def small_gpu(model, processor, batch, most, room=2):
+        sizes.append(len(batch))
+        if len(batch) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(model, processor, batch, most)
+
+    monkeypatch.setattr(evaluation, "_generate_batch", small_gpu)
+    found = generate(model, tiny_processor, examples, max_new_tokens=4, batch_size=5, progress=False)
+    assert found == expected
+    assert sizes == [5, 2, 2, 2, 1]
+    assert (
+        capsys.readouterr().out == "out of memory: generating 2 rows at once from here on (`generation_batch_size`)\n"
+    )
+
+    monkeypatch.setattr(evaluation, "_generate_batch", partial(small_gpu, room=0))
+    with pytest.raises(ValueError, match="One row alone does not fit into memory"):
+        generate(model, tiny_processor, examples, max_new_tokens=4, batch_size=5, progress=False)
+
+
+def test_another_error_of_the_device_is_not_taken_for_a_lack_of_memory(model, tiny_processor, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(evaluation, "_generate_batch", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        generate(model, tiny_processor, rows(["red"]), max_new_tokens=4, batch_size=5, progress=False)
 
 
 def test_generation_sees_the_prompt_and_never_the_answer(model, tiny_processor):
