@@ -7,19 +7,17 @@ and against the majority and the median of the training rows (a model must beat 
 """
 
 import json
-import math
 import os
 import random
 import re
-import statistics
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 import yaml
 from accelerate import PartialState
@@ -30,29 +28,21 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from sft_phi3v.collator import Collator
-from sft_phi3v.data import ROW, Template, number, to_examples
+from sft_phi3v.data import ROW, Template, to_examples
 from sft_phi3v.model import load_model, load_trained, on_device
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.phi3_v.image_processing_phi3_v import as_picture
 from sft_phi3v.preview import prepare, print_once
 from sft_phi3v.recipe import RESUMABLE, Recipe, as_text, check_machine, differences, load_recipe, public_keys
+from sft_phi3v.scoring import Completion, Scorer, better
 from sft_phi3v.streaming import Stream
 
-WITHIN = 0.10
 EXAMPLE_SIDE = 448  # pixels of a picture on the model card
+ORDER = ("baseline", "before", "after", "after_shuffled", "after_blank")
+SURE = 0.01  # how seldom chance may do as well, for a difference to be called one
 STREAMED = 100_000  # most answers of a stream that the baseline is made of
 # What may differ from the recipe that was trained: none of it changes what is scored against what.
 RESCORABLE = re.compile(rf"eval_rows|max_new_tokens|use_cpu|bf16|fp16|dtype|{RESUMABLE.pattern}")
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What the model wrote for one row, and whether it stopped by itself."""
-
-    row: int
-    reference: str
-    text: str
-    stopped: bool
 
 
 def generate(
@@ -204,110 +194,18 @@ class ShuffledPictures(Sequence[dict[str, Any]]):
         return {**self.examples[index], "images": self.examples[self.source[index]]["images"]}
 
 
-class Scorer:
-    """
-    Turns completions into scores, field by field of the answer template.
+class BlankPictures(Sequence[dict[str, Any]]):
+    """The same examples with nothing to see: each picture is grey, in its own size."""
 
-    Args:
-        answer (`str`, *optional*): The recipe's answer template. Without one, the whole answer is one text field.
-        references (sequence of `str`): The held-out rows' answers. A field is a number if it is one in all of them.
-    """
+    def __init__(self, examples: Sequence[dict[str, Any]] | Dataset):
+        self.examples = examples
 
-    def __init__(self, answer: str | None, references: Sequence[str]):
-        self.template = Template(answer) if answer is not None else None
-        parsed = [found for reference in references if (found := self.parse(reference)) is not None]
-        self.fields = self.template.fields if self.template is not None else ("answer",)
-        self.numeric = {
-            field for field in self.fields if parsed and all(_number(found[field]) is not None for found in parsed)
-        }
+    def __len__(self) -> int:
+        return len(self.examples)
 
-    def parse(self, text: str) -> dict[str, str] | None:
-        """Fields of a completion, or `None` if it does not have the template's form."""
-        return self.template.parse(text) if self.template is not None else {"answer": text.strip()}
-
-    def score(self, completions: list[Completion]) -> dict[str, Any]:
-        """
-        Args:
-            completions (`list[Completion]`): One per held-out row.
-
-        Returns:
-            `dict`: `rows`; `parsed` and `stopped` as shares of all rows; `fields`, per field either `exact`, the share
-            of all rows, or `within_10pct`, the share of all rows, and `median_ape`, the median absolute percentage
-            error as a fraction over the rows that gave a number (`None` if none did).
-        """
-        fields = [(self.parse(completion.text), self.parse(completion.reference) or {}) for completion in completions]
-        return {
-            "rows": len(completions),
-            "parsed": _mean(found is not None for found, _ in fields),
-            "stopped": _mean(completion.stopped for completion in completions),
-            "fields": {
-                field: self._score_field(
-                    field, [((found or {}).get(field), wanted.get(field)) for found, wanted in fields]
-                )
-                for field in self.fields
-            },
-        }
-
-    def _score_field(self, field: str, pairs: list[tuple[str | None, str | None]]) -> dict[str, float | None]:
-        if field not in self.numeric:
-            return {"exact": _mean(found is not None and found == wanted for found, wanted in pairs)}
-        errors = [_relative_error(_number(found), _number(wanted)) for found, wanted in pairs]
-        given = [error for error in errors if error is not None]
-        median = statistics.median(given) if given else None
-        return {
-            "median_ape": median if median is None or math.isfinite(median) else None,
-            "within_10pct": _mean(error is not None and error <= WITHIN for error in errors),
-        }
-
-    def baseline(self, train_answers: Iterable[str], references: Sequence[str]) -> dict[str, Any]:
-        """
-        Scores of always giving the commonest text, and the median number, of the training rows.
-
-        Args:
-            train_answers (iterable of `str`): Answers of the training rows.
-            references (sequence of `str`): Answers of the held-out rows.
-
-        Returns:
-            `dict`: As `score`.
-        """
-        texts: dict[str, Counter[str]] = {field: Counter() for field in self.fields}
-        for answer in train_answers:
-            for field, text in (self.parse(answer) or {}).items():
-                texts[field][text] += 1
-        guess: dict[str, str | None] = {}
-        for field, found in texts.items():
-            numbers = [value for text in found.elements() if (value := _number(text)) is not None]
-            if field in self.numeric:
-                guess[field] = str(statistics.median(numbers)) if numbers else None
-            else:
-                guess[field] = found.most_common(1)[0][0] if found else None
-        pairs = [self.parse(reference) or {} for reference in references]
-        return {
-            "rows": len(references),
-            "parsed": 1.0,
-            "stopped": 1.0,
-            "fields": {
-                field: self._score_field(field, [(guess[field], wanted.get(field)) for wanted in pairs])
-                for field in self.fields
-            },
-        }
-
-
-def _mean(values: Iterable[bool]) -> float:
-    found = [bool(value) for value in values]
-    return sum(found) / len(found) if found else 0.0
-
-
-def _number(text: str | None) -> float | None:
-    return number(text) if text is not None else None
-
-
-def _relative_error(found: float | None, wanted: float | None) -> float | None:
-    if found is None or wanted is None:
-        return None
-    if wanted == 0:
-        return 0.0 if found == 0 else math.inf
-    return abs(found - wanted) / abs(wanted)
+    def __getitem__(self, index: Any) -> Any:
+        example = self.examples[index]
+        return {**example, "images": [PIL.Image.new("RGB", image.size, "grey") for image in example["images"]]}
 
 
 class Evaluation:
@@ -346,20 +244,24 @@ class Evaluation:
             self.metrics["baseline"] = self.scorer.baseline(_train_answers(train_rows, recipe), self.references)
         self.completions: dict[str, list[Completion]] = {}
 
-    def run(self, name: str, model: Phi3VForCausalLM | PeftModel, *, shuffled: bool = False) -> dict[str, Any]:
+    def run(self, name: str, model: Phi3VForCausalLM | PeftModel) -> dict[str, Any]:
         """
-        Generates and scores under a name, `before`, `after` or `after_shuffled`.
+        Generates and scores under a name, `before` or `after`; `after_shuffled` and `after_blank` are the controls, in
+        which the rows get each other's pictures, or grey ones.
 
         Args:
             name (`str`): Key in `metrics.json` and in each line of `completions.jsonl`.
             model ([`Phi3VForCausalLM`] or `PeftModel`): The model to score.
-            shuffled (`bool`, *optional*): Whether the rows get each other's pictures.
 
         Returns:
             `dict`: The scores; with shuffled pictures also `moved`, the number of rows that really got others.
         """
         training = self.recipe.training
-        examples = ShuffledPictures(self.examples, training.seed) if shuffled else self.examples
+        examples: Sequence[dict[str, Any]] | Dataset = self.examples
+        if name.endswith("_shuffled"):
+            examples = ShuffledPictures(self.examples, training.seed)
+        elif name.endswith("_blank"):
+            examples = BlankPictures(self.examples)
         with self.precision(model):
             self.completions[name] = generate(
                 model,
@@ -374,6 +276,19 @@ class Evaluation:
         if isinstance(examples, ShuffledPictures):
             self.metrics[name]["moved"] = examples.moved
         return self.metrics[name]
+
+    def compare(self) -> str:
+        """
+        Tests, on the same rows, whether `after` is better than `before` and than the control with others' pictures.
+
+        Returns:
+            `str`: In words, whether it learned, and whether it uses the picture. The numbers go into the metrics.
+        """
+        after = self.scorer.main_values(self.completions["after"])
+        for name, key in (("before", "better_than_before"), ("after_shuffled", "better_than_shuffled")):
+            others = self.scorer.main_values(self.completions[name])
+            self.metrics["after"][key] = {field: better(after[field], others[field]) for field in after}
+        return verdict(self.metrics)
 
     def precision(self, model: Phi3VForCausalLM | PeftModel) -> torch.autocast:
         """Training runs under autocast and leaves the model so: the same for a model that was not trained."""
@@ -466,7 +381,7 @@ def score_rows(metrics: dict[str, Any]) -> list[list[str]]:
         numeric = "median_ape" in found
         header += [f"{field}: median error", f"{field}: within 10%"] if numeric else [f"{field}: exact"]
     lines = [header]
-    first = [name for name in ("baseline", "before", "after", "after_shuffled") if name in metrics]
+    first = [name for name in ORDER if name in metrics]
     for name in dict.fromkeys([*first, *metrics]):
         scores = metrics[name]
         values = [scores["parsed"], scores["stopped"]]
@@ -475,9 +390,39 @@ def score_rows(metrics: dict[str, Any]) -> list[list[str]]:
             values += [found["median_ape"], found["within_10pct"]] if "median_ape" in found else [found["exact"]]
         shown = ["–" if value is None else f"{100 * value:.1f}%" for value in values]
         moved = scores.get("moved", scores["rows"])
-        label = name.replace("_", ", pictures " if moved == scores["rows"] else f", {moved} pictures ")
+        label = name.replace("after_", "after, pictures " if moved == scores["rows"] else f"after, {moved} pictures ")
         lines.append([label, str(scores["rows"]), *shown])
     return lines
+
+
+def verdict(metrics: dict[str, Any]) -> str:
+    """
+    Args:
+        metrics (`dict`): With the tests of [`Evaluation.compare`].
+
+    Returns:
+        `str`: Two sentences: did it learn, and from the picture?
+    """
+    after, shuffled = metrics["after"], metrics["after_shuffled"]
+    learned = [field for field, test in after["better_than_before"].items() if test["p"] < SURE]
+    seen = {field: test for field, test in after["better_than_shuffled"].items() if test["p"] < SURE}
+    first = f"Better than before in {_listed(learned)}." if learned else "No better than before in any field."
+    if not shuffled["moved"]:
+        return f"{first} Whether it uses the picture is not known: no row could be given another row's."
+    if not seen:
+        return f"{first} It does not look at the picture: with other rows' pictures it does as well."
+    field = max(seen, key=lambda name: seen[name]["difference"])
+    name = "within_10pct" if "within_10pct" in after["fields"][field] else "exact"
+    shares = [scores["fields"][field][name] for scores in (after, shuffled, metrics["baseline"])]
+    own, others, guess = (f"{share:.0%}" for share in shares)
+    return (
+        f"{first} It uses the picture: {field} is right in {own} of the rows, with other rows' pictures in {others} "
+        f"(always the commonest: {guess})."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -512,7 +457,9 @@ def evaluate(recipe: Recipe) -> Evaluation:
     evaluation.run("before", on_device(load_model(recipe)))
     model = load_trained(recipe, folder)
     evaluation.run("after", model)
-    evaluation.run("after_shuffled", model, shuffled=True)
+    evaluation.run("after_shuffled", model)
+    evaluation.run("after_blank", model)
+    evaluation.compare()
     evaluation.write()
     return evaluation
 
@@ -592,7 +539,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     if PartialState().is_main_process:
-        print(evaluation.table())
+        print(f"{evaluation.table()}\n\n{verdict(evaluation.metrics)}")
 
 
 if __name__ == "__main__":

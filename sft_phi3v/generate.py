@@ -25,10 +25,11 @@ from transformers import TextStreamer
 from transformers.utils import cached_file
 
 from sft_phi3v.data import Template, conversation, open_picture
-from sft_phi3v.evaluation import Completion, generate, run_file
+from sft_phi3v.evaluation import generate, run_file
 from sft_phi3v.model import load_model, on_device
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.recipe import Recipe, TaskArguments, load_recipe
+from sft_phi3v.scoring import Completion
 
 RESULTS = {"text", "stopped", "fields", "error"}  # what an answer adds to a line
 CHUNK = 4  # batches of pictures that are in memory at once, sorted among each other by length

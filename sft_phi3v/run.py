@@ -102,7 +102,9 @@ def train(recipe: Recipe, trainer: "Trainer", evaluation: Evaluation) -> None:
         limit = f"more than {recipe.training.max_length} tokens"
         print_once(f"overlong: {left_out} rows of the last epoch have {limit}: left out, others came twice instead.")
     evaluation.run("after", trainer.model)
-    evaluation.run("after_shuffled", trainer.model, shuffled=True)
+    evaluation.run("after_shuffled", trainer.model)
+    evaluation.run("after_blank", trainer.model)
+    found = evaluation.compare()
     evaluation.write()
     evaluation.save_examples()
     if recipe.training.report_to:
@@ -110,7 +112,7 @@ def train(recipe: Recipe, trainer: "Trainer", evaluation: Evaluation) -> None:
     trainer.create_model_card()
     if recipe.training.push_to_hub:
         trainer.push_to_hub("With scores")
-    print_once(f"\n{evaluation.table()}\n\nadapter, scores and completions: {recipe.training.output_dir}")
+    print_once(f"\n{evaluation.table()}\n\n{found}\n\nadapter, scores and completions: {recipe.training.output_dir}")
 
 
 class Trainer(SFTTrainer):

@@ -23,7 +23,7 @@ LAYERS = [
     ["data", "collator", "model", "pictures", "samples", "engine"],
     ["streaming", "checking"],
     ["deciding"],
-    ["prepare", "preview"],
+    ["prepare", "preview", "scoring"],
     ["evaluation"],
     ["merge", "card"],
     ["hub", "generate"],

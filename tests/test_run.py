@@ -42,16 +42,22 @@ def test_a_run_trains_scores_and_leaves_everything_behind(write_recipe, tmp_path
     assert "4-bit nf4 + float32" in printed
 
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics.keys() == {"before", "after", "after_shuffled", "baseline"}
+    assert metrics.keys() == {"before", "after", "after_shuffled", "after_blank", "baseline"}
     assert metrics["after_shuffled"].pop("moved") == 3
-    for scores in metrics.values():
-        assert scores.keys() == {"rows", "parsed", "stopped", "fields"}
+    for test in ("better_than_before", "better_than_shuffled"):
+        assert metrics["after"].pop(test)["label"].keys() == {"difference", "p"}
+    assert "It does not look at the picture" in printed
+    for name, scores in metrics.items():
+        baseline = set() if name == "baseline" else {"length", "confusion"}
+        assert scores.keys() - baseline == {"rows", "parsed", "stopped", "fields", "intervals"}
         assert scores["rows"] == 3
         assert scores["fields"].keys() == {"label"}
-        assert scores["fields"]["label"].keys() == {"exact"}
+        assert scores["fields"]["label"].keys() == {"exact", "normalised", "token_f1", "edit_similarity"}
     lines = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
     assert len(lines) == 3
-    assert all(line.keys() == {"row", "reference", "before", "after", "after_shuffled"} for line in lines)
+    assert all(
+        line.keys() == {"row", "reference", "before", "after", "after_shuffled", "after_blank"} for line in lines
+    )
     assert all(line["reference"].startswith("Colour: ") for line in lines)
 
     # LoRA's B matrices start at zero: every one of them has learned something.
@@ -121,7 +127,7 @@ def test_a_run_cut_in_the_middle_resumes_to_the_same_weights_bit_for_bit(write_r
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     # What was scored before the cut is taken over, not generated again from half-trained weights.
-    assert calls == ["generate (after)", "generate (after, shuffled)"]
+    assert calls == ["generate (after)", "generate (after, shuffled)", "generate (after, blank)"]
     assert json.loads((tmp_path / "cut" / "metrics.json").read_text())["before"] == before
 
 
