@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from sft_phi3v.evaluation import read_lines, run_file, score_rows
+from sft_phi3v.evaluation import read_lines, run_file, score_rows, verdict
 from sft_phi3v.model import base_file
 from sft_phi3v.recipe import Recipe, local_paths
 
@@ -74,6 +74,7 @@ def render_card(
         quantisation=_quantisation(recipe),
         scored_rows=metrics["after"]["rows"] if "after" in metrics else 0,
         scores=_markdown(score_rows(metrics)) if "after" in metrics else "",
+        verdict=verdict(metrics) if "better_than_before" in metrics.get("after", {}) else "",
         examples=_examples(folder) if scored and recipe.publish.card_examples else [],
         merge=merge,
         merge_scores=_markdown(score_rows(merge["scores"])) if merge else "",

@@ -29,7 +29,8 @@ RESAMPLES, CONFIDENCE = 1000, 0.95
 # The score of each kind that is tested, and by which a model is called better.
 MAIN = {"text": "exact", "free": "exact", "category": "exact", "number": "within_10pct"}
 
-Statistic = Callable[[np.ndarray], float]  # of the rows with these indices; nan if they do not say
+# Of rows with these indices, `(..., rows)`, one value each, `(...)`; nan if they do not say.
+Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Scorer:
         values = {}
         for field, (found, wanted) in self._columns(completions).items():
             one = field_statistics(self.kinds[field], found, wanted)[MAIN[self.kinds[field]]]
-            values[field] = np.array([one(np.array([row])) for row in range(len(completions))])
+            values[field] = one(np.arange(len(completions))[:, None])
         return values
 
     def _columns(self, completions: Sequence[Completion]) -> dict[str, tuple[list[str | None], list[str | None]]]:
@@ -123,7 +124,7 @@ class Scorer:
         intervals: dict[str, Any] = {"fields": {field: {} for field in columns}}
         fields: dict[str, Any] = {field: {} for field in columns}
         for key, statistic in statistics.items():
-            value = _finite(statistic(every)) if rows else None
+            value = _finite(float(statistic(every))) if rows else None
             interval = _interval(statistic, rows)
             if isinstance(key, tuple):
                 field, name = key
@@ -215,7 +216,12 @@ def _f1(common: int, one: list[str], other: list[str]) -> float:
 
 def _mean_of(values: Iterable[float]) -> Statistic:
     array = np.array([float(value) for value in values])
-    return lambda rows: float(array[rows].mean()) if len(rows) else math.nan
+    return lambda rows: array[rows].mean(axis=-1)
+
+
+def _one_by_one(statistic: Callable[[np.ndarray], float]) -> Statistic:
+    """A statistic of one set of rows, for many."""
+    return lambda rows: np.apply_along_axis(statistic, -1, rows)
 
 
 def _macro_f1(found: Sequence[str | None], wanted: Sequence[str | None]) -> Statistic:
@@ -231,7 +237,7 @@ def _macro_f1(found: Sequence[str | None], wanted: Sequence[str | None]) -> Stat
         there = np.bincount(right[rows], minlength=size)[:-1] > 0
         return float((2 * hits[there] / both[there]).mean()) if there.any() else math.nan
 
-    return macro_f1
+    return _one_by_one(macro_f1)
 
 
 def _number_statistics(found: Sequence[str | None], wanted: Sequence[str | None]) -> dict[str, Statistic]:
@@ -251,7 +257,7 @@ def _number_statistics(found: Sequence[str | None], wanted: Sequence[str | None]
             some = some[~np.isnan(some)]
             return float(reduce(some)) if len(some) else math.nan
 
-        return statistic
+        return _one_by_one(statistic)
 
     def correlation(rows: np.ndarray) -> float:
         both = ~np.isnan(given[rows] + right[rows])
@@ -266,7 +272,7 @@ def _number_statistics(found: Sequence[str | None], wanted: Sequence[str | None]
         "mean_ape": over(share, np.mean),
         "median_ae": over(off, np.median),
         "mean_ae": over(off, np.mean),
-        "correlation": correlation,
+        "correlation": _one_by_one(correlation),
     }
 
 
@@ -281,8 +287,9 @@ def _interval(statistic: Statistic, rows: int) -> list[float] | None:
     """
     if rows < 2:
         return None
-    random = np.random.default_rng(0)
-    values = np.array([statistic(random.integers(rows, size=rows)) for _ in range(RESAMPLES)])
+    random, at_once = np.random.default_rng(0), max(1, min(RESAMPLES, 10_000_000 // rows))
+    parts = [statistic(random.integers(rows, size=(at_once, rows))) for _ in range(math.ceil(RESAMPLES / at_once))]
+    values = np.concatenate(parts)
     if not np.isfinite(values).all():
         return None
     return [float(end) for end in np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])]

@@ -26,7 +26,7 @@ def completions(*texts, stopped=True):
 
 def values(kind, found, wanted):
     rows = np.arange(len(wanted))
-    return {name: statistic(rows) for name, statistic in field_statistics(kind, found, wanted).items()}
+    return {name: float(statistic(rows)) for name, statistic in field_statistics(kind, found, wanted).items()}
 
 
 def test_scores_worked_out_by_hand():
