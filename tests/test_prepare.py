@@ -568,7 +568,7 @@ def test_no_more_is_fetched_at_once_than_is_allowed(server, tmp_path, write_prep
         preparing.main([write_prepare(tmp_path / "shop.csv", fetch_per_host=3, workers=4)])
     finally:
         server.latency = 0.0
-    assert server.peak == 3
+    assert 1 < server.peak <= 3  # three as a rule; on a busy machine they may never all meet
 
 
 def test_conversations_with_several_no_or_unusable_pictures(tmp_path, write_recipe):
