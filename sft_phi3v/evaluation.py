@@ -146,14 +146,19 @@ def _generate_batch(
 def _split_turns(example: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """The messages before the last assistant turn, with the pictures in them, and that turn's text."""
     *before, last = example["messages"]
-    pictures = iter(example["images"])
-    prompt = []
-    for message in before:
+    return with_pictures(before, example["images"]), _text_of(last)
+
+
+def with_pictures(messages: Sequence[dict[str, Any]], images: Sequence[Any]) -> list[dict[str, Any]]:
+    """The messages with the pictures in their parts, one after the other, as a processor takes them."""
+    pictures = iter(images)
+    filled = []
+    for message in messages:
         parts = message["content"]
         if not isinstance(parts, str):
             parts = [part | {"image": next(pictures)} if part["type"] == "image" else part for part in parts]
-        prompt.append({**message, "content": parts})
-    return prompt, _text_of(last)
+        filled.append({**message, "content": parts})
+    return filled
 
 
 def _text_of(message: dict[str, Any]) -> str:

@@ -25,8 +25,8 @@ from transformers import TextStreamer
 from transformers.utils import cached_file
 
 from sft_phi3v.data import Template, conversation, open_picture
-from sft_phi3v.evaluation import generate, run_file
-from sft_phi3v.model import load_model, on_device
+from sft_phi3v.evaluation import generate, run_file, with_pictures
+from sft_phi3v.model import first_line, load_model, on_device
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.recipe import Recipe, TaskArguments, load_recipe
 from sft_phi3v.scoring import Completion
@@ -98,7 +98,7 @@ def _file(name: str, file: str) -> Path | None:
     try:
         cached = cached_file(name, file, **{f"_raise_exceptions_for_{what}": False for what in quiet})
     except OSError as error:
-        raise ValueError(f"--model: {name!r} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"--model: {name!r} cannot be read: {first_line(error)}") from error
     return None if cached is None else Path(cached)
 
 
@@ -268,11 +268,7 @@ def _pictures(loaded: Loaded, prompt: Prompt) -> list[Image.Image]:
 
 def answer_live(loaded: Loaded, prompt: Prompt, *, max_new_tokens: int) -> None:
     """Answers one prompt on the terminal, word by word, and shows the fields that the answer has."""
-    pictures = iter(_pictures(loaded, prompt))
-    messages = []
-    for message in prompt.messages:
-        parts = [part | {"image": next(pictures)} if part["type"] == "image" else part for part in message["content"]]
-        messages.append({**message, "content": parts})
+    messages = with_pictures(prompt.messages, _pictures(loaded, prompt))
     inputs = loaded.processor.apply_chat_template(
         messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     ).to(loaded.model.device)

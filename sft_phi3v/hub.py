@@ -35,7 +35,8 @@ from huggingface_hub.hf_api import RepoFile
 
 from sft_phi3v.card import HUB_ID, licence, render_card
 from sft_phi3v.evaluation import public_recipe, run_file, trained_folder
-from sft_phi3v.merge import REPORT, file_hashes
+from sft_phi3v.merge import REPORT, file_hashes, trained_hashes
+from sft_phi3v.model import first_line
 from sft_phi3v.recipe import Recipe, as_text, load_recipe
 
 T = TypeVar("T")
@@ -223,7 +224,7 @@ def verified_report(recipe: Recipe, merged: Path, folder: Path) -> dict[str, Any
         raise ValueError(f"{str(merged)!r} was merged and found wrong: {'; '.join(report['problems'])}. Run: {command}")
     for where, hashes, now in (
         (merged, report["files"], {name: sha for name, sha in file_hashes(merged, "**/*").items() if name != REPORT}),
-        (folder, report["adapter"], file_hashes(folder, *ADAPTER_FILES, "model*.safetensors")),
+        (folder, report["adapter"], trained_hashes(folder)),
     ):
         if changed := sorted(name for name in hashes.keys() | now.keys() if hashes.get(name) != now.get(name)):
             raise ValueError(
@@ -371,22 +372,22 @@ def upload(api: HfApi, info: ModelInfo, wanted: Publication) -> str:
     Returns:
         `str`: The commit at which everything is there; the hash of each file on the Hub was compared.
     """
-    changed, stale = differing(api, info.id, wanted)
-    if not changed and not stale:
-        print(f"{info.id} holds exactly this already.")
-        return str(info.sha)
-    additions = [CommitOperationAdd(name, wanted.files[name]) for name in changed]
-    deletions = [CommitOperationDelete(name) for name in stale]
-    if stale:
-        print(f"of an earlier version, and not in this one: {', '.join(stale)}")
 
     def commit() -> None:
+        # Of a commit without an answer nobody knows whether it was made: look before trying, each time.
+        changed, stale = differing(api, info.id, wanted)
+        if not changed and not stale:
+            print(f"{info.id} holds exactly this already.")
+            return
+        if stale:
+            print(f"of an earlier version, and not in this one: {', '.join(stale)}")
+        additions = [CommitOperationAdd(name, wanted.files[name]) for name in changed]
+        deletions = [CommitOperationDelete(name) for name in stale]
         # Checks the card, stores large files where nobody sees them yet, except for those that are stored already, and
-        # then commits. Of a commit without an answer nobody knows whether it was made: look before trying again.
-        if differing(api, info.id, wanted) != ([], []):
-            api.create_commit(
-                info.id, [*additions, *deletions], commit_message=f"{wanted.what}, by sft_phi3v", parent_commit=info.sha
-            )
+        # then commits.
+        api.create_commit(
+            info.id, [*additions, *deletions], commit_message=f"{wanted.what}, by sft_phi3v", parent_commit=info.sha
+        )
 
     patiently(commit)
     if left := differing(api, info.id, wanted)[0]:
@@ -434,7 +435,7 @@ def patiently(call: Callable[[], T]) -> T:
                 raise  # not of an upload: a defect
             if (status is not None and status not in PASSING) or max(wait, after) > PATIENCE:
                 raise
-            print(f"the Hub: {_first_line(error)}; trying again in {max(wait, after):.0f} s", flush=True)
+            print(f"the Hub: {first_line(_cause(error))}; trying again in {max(wait, after):.0f} s", flush=True)
             time.sleep(max(wait, after))
     return call()
 
@@ -452,11 +453,6 @@ def _cause(error: BaseException) -> BaseException:
     return error.__cause__ if isinstance(error, WRAPPED) and error.__cause__ else error
 
 
-def _first_line(error: BaseException) -> str:
-    cause = _cause(error)
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-
-
 def _in_words(error: BaseException, repo: str) -> str:
     status, after = _status(error)
     reasons = {
@@ -467,7 +463,7 @@ def _in_words(error: BaseException, repo: str) -> str:
         429: f"the Hub has had too many requests{f', and asks to wait {after:.0f} s' if after else ''}",
     }
     reason = reasons.get(status or 0, "the Hub cannot be reached" if status is None else "the Hub fails")
-    return f"Not published: {reason} ({_first_line(error)})."
+    return f"Not published: {reason} ({first_line(_cause(error))})."
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,11 @@ class Attempt:
     layers: dict[str, float]
     files: dict[str, str]
 
+    @cached_property
+    def comparison(self) -> "Comparison":
+        """Of the merged model with the live adapter."""
+        return compare(self.live, self.merged)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -155,10 +160,10 @@ def _conclude(recipe: Recipe, folder: Path, target: Path, trained: Observed, att
         "tolerance": recipe.publish.merge_tolerance,
         "merged_into": attempt.base,
         "layers": {"adapted": len(attempt.layers), "max_relative_error": max(attempt.layers.values(), default=0.0)},
-        "against_live_adapter": asdict(compare(attempt.live, attempt.merged)),
+        "against_live_adapter": asdict(attempt.comparison),
         "against_trained_model": asdict(compare(trained, attempt.merged)),
         "scores": {"trained": trained.scores, "merged": attempt.merged.scores},
-        "adapter": file_hashes(folder, "adapter_config.json", "adapter_model.safetensors", "model*.safetensors"),
+        "adapter": trained_hashes(folder),
         "files": attempt.files,
     }
     write_whole(aside / REPORT, json.dumps(report, indent=2) + "\n")
@@ -258,8 +263,7 @@ def observe(name: str, model: Phi3VForCausalLM | PeftModel, rows: Evaluation, co
 
 def compare(expected: Observed, found: Observed) -> Comparison:
     """Numbers for what two models have in common."""
-    wanted = expected.logits.double() - expected.logits.double().mean(dim=-1, keepdim=True)
-    got = found.logits.double() - found.logits.double().mean(dim=-1, keepdim=True)
+    wanted, got = _centred(expected.logits), _centred(found.logits)
     difference = (expected.logits - found.logits).abs()
     same = expected.logits.argmax(dim=-1) == found.logits.argmax(dim=-1)
     return Comparison(
@@ -273,6 +277,11 @@ def compare(expected: Observed, found: Observed) -> Comparison:
     )
 
 
+def _centred(logits: torch.Tensor) -> torch.Tensor:
+    logits = logits.double()
+    return logits - logits.mean(dim=-1, keepdim=True)
+
+
 def differences(attempt: Attempt, tolerance: float) -> list[str]:
     """
     What is beyond the tolerance, in words.
@@ -284,7 +293,7 @@ def differences(attempt: Attempt, tolerance: float) -> list[str]:
     Returns:
         `list[str]`: One line per difference; none if the models are the same within the tolerance.
     """
-    numbers = compare(attempt.live, attempt.merged)
+    numbers = attempt.comparison
     problems = []
     wrong = [name for name, error in attempt.layers.items() if not error <= LAYER_TOLERANCE]  # nan too
     if wrong:
@@ -483,6 +492,11 @@ def file_hashes(folder: Path, *patterns: str) -> dict[str, str]:
         with path.open("rb") as file:
             hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
+
+
+def trained_hashes(folder: Path) -> dict[str, str]:
+    """[`file_hashes`] of what a run trained: its adapter, or all weights of a full fine-tuning."""
+    return file_hashes(folder, "adapter_config.json", "adapter_model.safetensors", "model*.safetensors")
 
 
 def _rename(aside: Path, target: Path) -> None:

@@ -55,7 +55,7 @@ def load_config(recipe: Recipe) -> Phi3VConfig:
         config = AutoConfig.from_pretrained(name, revision=recipe.model.model_revision)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model_name_or_path: {name!r} cannot be read: {_first_line(error)} Expected a folder with "
+            f"model_name_or_path: {name!r} cannot be read: {first_line(error)} Expected a folder with "
             "config.json, or a Hub id (and a network, or the model in the local cache)."
         ) from error
     if not isinstance(config, Phi3VConfig):
@@ -296,5 +296,6 @@ def _storage(parameter: nn.Parameter) -> str:
     return str(parameter.dtype).removeprefix("torch.")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its name, if it says nothing."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -25,7 +25,7 @@ from sft_phi3v.card import render_card
 from sft_phi3v.data import to_examples
 from sft_phi3v.evaluation import Evaluation, public_recipe, write_whole
 from sft_phi3v.hub import check_before_training, check_for_leaks, trained_files
-from sft_phi3v.model import base_commit, landing_table, load_model, lora_config
+from sft_phi3v.model import base_commit, first_line, landing_table, load_model, lora_config
 from sft_phi3v.phi3_v import Phi3VConfig
 from sft_phi3v.prepare import prepare as prepare_data
 from sft_phi3v.preview import prepare, print_once
@@ -176,7 +176,7 @@ class Trainer(SFTTrainer):
         """The Hub must not stop a run that is going well: what it refuses is said, and is tried again with the next."""
         for job in self.push_in_progress.jobs if self.push_in_progress is not None else ():
             if (error := job.exception()) is not None:
-                print(f"hub: this was not published: {str(error).strip().splitlines()[0]}", flush=True)
+                print(f"hub: this was not published: {first_line(error)}", flush=True)
         self.push_in_progress = None
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:

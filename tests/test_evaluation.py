@@ -8,29 +8,14 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from test_scoring import ANSWER, REFERENCES, completions
 
 from sft_phi3v import evaluation
 from sft_phi3v.data import ROW
 from sft_phi3v.evaluation import BlankPictures, Evaluation, ShuffledPictures, generate, verdict
 from sft_phi3v.phi3_v import Phi3VForCausalLM
 from sft_phi3v.recipe import load_recipe
-from sft_phi3v.scoring import Completion, Scorer
-
-ANSWER = "Product: {title}, Category: {category}, Full Price: {price}"
-
-
-def said(title, category, price):
-    return f"Product: {title}, Category: {category}, Full Price: {price}"
-
-
-REFERENCES = [said("Red Coat", "COATS", "1000.0"), said("Blue Hat", "HATS", "200.0"), said("A, B", "COATS", "50.0")]
-
-
-def completions(*texts, stopped=True):
-    return [
-        Completion(row, reference, text, stopped)
-        for row, (reference, text) in enumerate(zip(REFERENCES, texts, strict=True))
-    ]
+from sft_phi3v.scoring import Scorer
 
 
 def rows(colours, per_row=1):
