@@ -558,7 +558,9 @@ def test_what_would_be_lost_or_leak_is_not(tmp_path, write_prepare, server, caps
 def test_a_column_that_cannot_hold_pictures_is_named(tmp_path, write_recipe, value):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": value, "t": "a"}))
     with pytest.raises(SystemExit, match=r"`source_image_column` 'image' holds .*, expected URLs, paths, bytes"):
-        preparing.main([write_recipe(source=str(tmp_path / "rows.jsonl"), dataset_name="d", answer="{t}")])
+        preparing.main(
+            [write_recipe(source=str(tmp_path / "rows.jsonl"), dataset_name=str(tmp_path / "d"), answer="{t}")]
+        )
 
 
 def test_no_more_is_fetched_at_once_than_is_allowed(server, tmp_path, write_prepare):

@@ -111,32 +111,24 @@ def test_documents_link_to_files_that_exist():
             assert (REPOSITORY / target).exists(), f"{document.name} links to {target}"
 
 
-def test_the_readme_explains_every_key_of_ours_with_its_default():
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    defaults = TaskArguments()
-    for key in fields(TaskArguments):
+@pytest.mark.parametrize(
+    ("document", "arguments"),
+    [("README.md", TaskArguments), ("docs/prepare.md", PrepareArguments), ("docs/publish.md", PublishArguments)],
+)
+def test_the_documents_explain_every_key_of_ours_with_its_default(document, arguments):
+    text = (REPOSITORY / document).read_text(encoding="utf-8")
+    defaults = arguments()
+    for key in fields(arguments):
         line = f"| `{key.name}` | `{json.dumps(getattr(defaults, key.name))}` | {key.metadata['help']} |"
-        assert line in text, f"README.md lacks: {line}"
+        assert line in text, f"{document} lacks: {line}"
 
 
-def test_the_page_on_preparing_explains_every_key_and_every_reason():
+def test_the_page_on_preparing_explains_every_reason():
     text = (REPOSITORY / "docs" / "prepare.md").read_text(encoding="utf-8")
-    defaults = PrepareArguments()
-    for key in fields(PrepareArguments):
-        line = f"| `{key.name}` | `{json.dumps(getattr(defaults, key.name))}` | {key.metadata['help']} |"
-        assert line in text, f"docs/prepare.md lacks: {line}"
     code = "".join((PACKAGE / f"{name}.py").read_text() for name in ("fetch", "pictures", "checking", "deciding"))
     reasons = set(re.findall(r'(?:Refusal|_Passing)\(\s*"(\w+)"|reason\[row\], detail\[row\] = "(\w+)"', code))
     assert len(reasons) > 15
     assert {one or other for one, other in reasons} <= set(re.findall(r"`(\w+)`", text))
-
-
-def test_the_page_on_publishing_explains_every_key():
-    text = (REPOSITORY / "docs" / "publish.md").read_text(encoding="utf-8")
-    defaults = PublishArguments()
-    for key in fields(PublishArguments):
-        line = f"| `{key.name}` | `{json.dumps(getattr(defaults, key.name))}` | {key.metadata['help']} |"
-        assert line in text, f"docs/publish.md lacks: {line}"
 
 
 def test_versions_are_pinned_once():
