@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from sft_phi3v.evaluation import read_lines, run_file, score_rows, verdict
+from sft_phi3v.evaluation import read_lines, run_file, score_rows, trained_keys, verdict
 from sft_phi3v.model import base_file
-from sft_phi3v.recipe import Recipe, local_paths
+from sft_phi3v.recipe import Recipe
 
 TEMPLATE = Path(__file__).with_name("model_card.jinja")
 HUB_ID = re.compile(r"[a-zA-Z0-9][\w.-]{0,95}/[a-zA-Z0-9][\w.-]{0,95}", re.ASCII)
@@ -34,10 +34,10 @@ def render_card(
     Returns:
         `str`: The text of README.md.
     """
-    environment = _read(folder, "environment.json")
-    local = environment.get("local_paths", [])
-    base = str(recipe.public(local)["model_name_or_path"])
-    data = [_public_name(name, {*local, *local_paths(recipe.dump())}) for name in _data(recipe)]
+    environment, keys = _read(folder, "environment.json"), trained_keys(recipe, folder)
+    base = str(keys["model_name_or_path"])
+    data = [entry["path"] for entry in keys.get("datasets", [])] or [keys.get("source") or keys["dataset_name"]]
+    data = [name if HUB_ID.fullmatch(name) else Path(name).name for name in data]
     metrics, scored = _read(folder, "metrics.json"), True
     # A checkpoint, or weights that the adapter never met, is another model than the one that the run scored at its end.
     if folder.name.startswith("checkpoint-") or (
@@ -101,17 +101,6 @@ def licence(recipe: Recipe) -> str | None:
         return ModelCard.load(found, ignore_metadata_errors=True).data.license if found is not None else None
     except (ValueError, yaml.YAMLError):  # somebody else's card
         return None
-
-
-def _data(recipe: Recipe) -> list[str]:
-    return [entry.path for entry in recipe.mixture.datasets] or [
-        str(recipe.prepare.source or recipe.script.dataset_name)
-    ]
-
-
-def _public_name(name: str, local: set[str]) -> str:
-    """A Hub id as it is; of a path only its last name."""
-    return Path(name).name if name in local or not HUB_ID.fullmatch(name) else name
 
 
 def _results(scores: dict[str, Any] | None, data: list[str]) -> list[EvalResult]:

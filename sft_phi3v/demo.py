@@ -19,12 +19,12 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from sft_phi3v.catalogue import write_catalogue
-from sft_phi3v.recipe import load_recipe
+from sft_phi3v.recipe import Parser, load_recipe
 from sft_phi3v.samples import FAULTS, FORMS, Planted, Server, source_path, write_source
 
 RECIPE = "recipes/tiny.yaml"
@@ -192,15 +192,10 @@ The same as lines of a recipe:
 {lines}"""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")  # without the usage, which hides it
-
-
-def _parser() -> _Parser:
+def _parser() -> Parser:
     forms = "\n".join(f"  {name:<14} {form.what}" for name, form in FORMS.items())
     faults = textwrap.fill(", ".join(FAULTS), 78, initial_indent="  ", subsequent_indent="  ")
-    parser = _Parser(
+    parser = Parser(
         prog="python -m sft_phi3v.demo",
         description="Without arguments: the whole job at toy size. With --source: data to rehearse `prepare` on.",
         epilog=f"forms:\n{forms}\n\nfaults, as far as a form has a place for them:\n{faults}",

@@ -512,13 +512,18 @@ def run_file(folder: Path, name: str) -> Path:
     return folder.parent / name if folder.name.startswith("checkpoint-") else folder / name
 
 
-def public_recipe(recipe: Recipe, folder: Path) -> str:
+def trained_keys(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """The recipe as it was trained, whatever the command line says by now, without what names this machine."""
     saved, environment = run_file(folder, "recipe.yaml"), run_file(folder, "environment.json")
     local = json.loads(environment.read_text(encoding="utf-8")).get("local_paths", []) if environment.is_file() else []
     # Not by load_recipe: within a run, another SFTConfig would reset what Accelerate knows of the processes.
     keys = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else recipe.dump()
-    return as_text(public_keys(keys, local), "recipe.yaml")
+    return public_keys(keys, local)
+
+
+def public_recipe(recipe: Recipe, folder: Path) -> str:
+    """[`trained_keys`] as the text of recipe.yaml."""
+    return as_text(trained_keys(recipe, folder), "recipe.yaml")
 
 
 def answers(rows: Dataset, recipe: Recipe) -> list[str]:

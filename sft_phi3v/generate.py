@@ -7,7 +7,6 @@ python -m sft_phi3v.generate --model me/my-model pictures/ --output answers.json
 says what to ask, and reads the answer's fields back.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -15,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import torch
 from peft import PeftModel
@@ -28,7 +27,7 @@ from sft_phi3v.data import Template, conversation, open_picture
 from sft_phi3v.evaluation import generate, run_file, with_pictures
 from sft_phi3v.model import first_line, load_model, on_device
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
-from sft_phi3v.recipe import Recipe, TaskArguments, load_recipe
+from sft_phi3v.recipe import Parser, Recipe, TaskArguments, load_recipe
 from sft_phi3v.scoring import Completion
 
 RESULTS = {"text", "stopped", "fields", "error"}  # what an answer adds to a line
@@ -293,13 +292,8 @@ def _output(path: Path | None) -> Iterator[IO[str]]:
     os.replace(aside, path)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")  # without the usage, which hides it
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m sft_phi3v.generate",
         description="Asks a trained model about pictures.",
         allow_abbrev=False,

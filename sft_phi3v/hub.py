@@ -34,7 +34,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from huggingface_hub.hf_api import RepoFile
 
 from sft_phi3v.card import HUB_ID, licence, render_card
-from sft_phi3v.evaluation import public_recipe, run_file, trained_folder
+from sft_phi3v.evaluation import public_recipe, run_file, trained_folder, trained_keys
 from sft_phi3v.merge import REPORT, file_hashes, trained_hashes
 from sft_phi3v.model import first_line
 from sft_phi3v.recipe import Recipe, as_text, load_recipe
@@ -196,7 +196,7 @@ def trained_files(recipe: Recipe, folder: Path) -> dict[str, Path | bytes]:
     }
     if record.is_file():
         settings = json.loads(record.read_text(encoding="utf-8"))
-        settings["base_model_name_or_path"] = yaml.safe_load(public_recipe(recipe, folder))["model_name_or_path"]
+        settings["base_model_name_or_path"] = trained_keys(recipe, folder)["model_name_or_path"]
         files[record.name] = json.dumps(settings, indent=2).encode()
     return files
 

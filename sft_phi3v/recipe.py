@@ -15,6 +15,7 @@ TRL's own parser lets `lora_r: 16.5`, `dtype: bfloat32` and a key written twice 
 that starts so. Here every value is held against the annotation of its field before anything is built.
 """
 
+import argparse
 import difflib
 import json
 import os
@@ -26,7 +27,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -617,6 +618,13 @@ def differences(saved: Path, recipe: Recipe) -> list[str]:
         return []
     before, now = _read_yaml(str(saved)), recipe.dump()
     return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage, which hides it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
 
 
 def help_text() -> str:

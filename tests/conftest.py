@@ -3,10 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
+from huggingface_hub.utils import _http, disable_progress_bars, enable_progress_bars
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
@@ -216,6 +219,17 @@ def write_recipe(tmp_path, tiny_folder, pictures_folder):
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """No waiting between the Hub client's tries; the seconds that it would have waited."""
+    waits = []
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    disable_progress_bars()
+    yield waits
+    enable_progress_bars()
 
 
 @pytest.fixture(scope="module")

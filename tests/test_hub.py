@@ -16,7 +16,6 @@ import transformers
 import yaml
 from hub_server import Fault, HubServer, check_card
 from huggingface_hub import HfApi, constants
-from huggingface_hub.utils import _http, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file, save_file
 
 from sft_phi3v import card, hub, merge, run
@@ -37,19 +36,8 @@ EMPTY = {".gitattributes"}
 
 
 @pytest.fixture
-def waits(monkeypatch):
-    """No waiting between attempts, the client's and ours; the seconds that would have been waited."""
-    waits = []
-    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=waits.append))
-    monkeypatch.setattr(hub, "time", SimpleNamespace(sleep=waits.append))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    disable_progress_bars()
-    yield waits
-    enable_progress_bars()
-
-
-@pytest.fixture
 def server(waits, monkeypatch):
+    monkeypatch.setattr(hub, "time", SimpleNamespace(sleep=waits.append))  # our own attempts do not wait either
     with HubServer(TOKENS) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(

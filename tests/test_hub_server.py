@@ -6,12 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import httpx2
 import pytest
 from hub_server import Fault, HubServer, check_card
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, _commit_api, constants, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, _commit_api, hf_hub_download
 from huggingface_hub.errors import (
     BadRequestError,
     HfHubHTTPError,
@@ -19,7 +18,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import _http, disable_progress_bars, enable_progress_bars
 
 # The client itself sends files in a way that its HTTP library wants to be rid of.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -32,17 +30,6 @@ TOKENS = {
     "hf_fine": {"role": "fineGrained", "name": "me", "writes": ["me/allowed"]},
     "hf_other": {"role": "write", "name": "other"},
 }
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """No waiting between the client's tries; the seconds that it would have waited."""
-    waits = []
-    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=waits.append))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    disable_progress_bars()
-    yield waits
-    enable_progress_bars()
 
 
 @pytest.fixture
