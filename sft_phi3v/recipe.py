@@ -366,9 +366,9 @@ class Recipe:
             dumped["env"] = {name: value for name, value in dumped["env"].items() if not _is_secret(name)}
         return dumped
 
-    def public(self, local_paths: Collection[str] = ()) -> dict[str, Any]:
+    def public(self) -> dict[str, Any]:
         """[`public_keys`] of this recipe."""
-        return public_keys(self.dump(), local_paths)
+        return public_keys(self.dump())
 
     def save(self, output_dir: str | os.PathLike[str]) -> Path:
         """
