@@ -24,11 +24,12 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of one example: all of them, those of pictures, and the supervised ones."""
+    """Tokens of one example: all of them, those of pictures, and the supervised ones; and its pictures' sizes."""
 
     tokens: int
     image_tokens: int
     supervised: int
+    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each picture, in pixels
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,12 @@ class Collator:
         """
         row = self._tokenize([example], return_pixel_values=False)
         ids = row["input_ids"][0]
-        return Lengths(len(ids), ids.count(self.processor.image_token_id), sum(row["assistant_masks"][0]))
+        return Lengths(
+            tokens=len(ids),
+            image_tokens=ids.count(self.processor.image_token_id),
+            supervised=sum(row["assistant_masks"][0]),
+            sizes=tuple(image.size for image in example.get("images") or []),
+        )
 
     def fits(self, lengths: Lengths) -> bool:
         """Whether a row of these lengths may be trained on."""

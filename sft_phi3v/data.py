@@ -20,6 +20,7 @@ and the same template read backwards turns a completion into `{"title": ..., "fu
 no second description of the format. Rows that hold `messages` already keep them. No tokenizer and no model in here.
 """
 
+import hashlib
 import io
 import json
 import logging
@@ -29,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Formatter
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
@@ -158,16 +159,19 @@ def to_examples(dataset: Dataset, recipe: Recipe) -> Dataset:
     return reader.undecoded(dataset).with_transform(reader)
 
 
-def check_rows(dataset: Dataset, recipe: Recipe) -> None:
+def check_rows(dataset: Dataset, recipe: Recipe) -> list[frozenset[bytes]]:
     """
     Check every row before paying for a GPU: fields filled in, turns in order, picture files there and readable.
 
-    Of PNG and JPEG it reads headers and ends, not pixels (some 100,000 rows in a minute). Logs a warning for answers
+    Of PNG and JPEG it reads the file and no pixels (some 100,000 rows in a minute). Logs a warning for answers
     that the template cannot read back, since they cannot be scored, and for text that looks like Phi-3's markup.
 
     Args:
         dataset (`Dataset`): Rows from [`load_splits`].
         recipe ([`~sft_phi3v.recipe.Recipe`]): Its `prompt`, `answer` and `image_column` are read.
+
+    Returns:
+        `list[frozenset[bytes]]`: Of each row the digests of its pictures' files, by which equal ones are found.
 
     Raises:
         ValueError: Names the first rows that cannot be used, each with its reason, and how many there are.
@@ -177,6 +181,7 @@ def check_rows(dataset: Dataset, recipe: Recipe) -> None:
     if ROW not in dataset.column_names:
         dataset = dataset.add_column(ROW, list(range(len(dataset))))
     reader = Reader.of(dataset, recipe)
+    digests: list[frozenset[bytes]] = []
     problems: list[str] = []
     unread: list[int | str] = []
     marked: list[int | str] = []
@@ -186,8 +191,7 @@ def check_rows(dataset: Dataset, recipe: Recipe) -> None:
                 parts = [part for turn in reader.messages(row) for part in turn["content"]]
                 if any(MARKUP.search(part.get("text", "")) for part in parts):
                     marked.append(row[ROW])
-                for picture in reader.pictures(row):
-                    _check_picture(picture)
+                digests.append(frozenset([_check_picture(picture) for picture in reader.pictures(row)]))
                 if reader.answer and not reader.answer.reads_back(row):
                     unread.append(row[ROW])
             except ValueError as error:
@@ -207,6 +211,7 @@ def check_rows(dataset: Dataset, recipe: Recipe) -> None:
             "%d of %d rows hold markup such as <|end|> or <|image_1|> (first: row %s): it is learned as plain text",
             *(len(marked), len(dataset), marked[0]),
         )
+    return digests
 
 
 class Template:
@@ -471,7 +476,7 @@ def _rows(batch: Mapping[str, list[Any]]) -> Iterable[dict[str, Any]]:
     return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
-def _file(picture: dict[str, Any]) -> BinaryIO:
+def _file(picture: dict[str, Any]) -> io.BufferedReader | io.BytesIO:
     return Path(picture["path"]).open("rb") if picture["bytes"] is None else io.BytesIO(picture["bytes"])
 
 
@@ -486,10 +491,14 @@ def open_picture(picture: dict[str, Any]) -> PIL.Image.Image:
         raise ValueError(f"the picture{_named(picture)} cannot be read: {error}") from error
 
 
-def _check_picture(picture: dict[str, Any]) -> None:
-    """Raises a `ValueError` for a picture that is not whole, decoding it only where nothing less can tell."""
+def _check_picture(picture: dict[str, Any]) -> bytes:
+    """
+    The digest of a picture's file; a `ValueError` if it is not whole. Decoded only where nothing less can tell.
+    """
     try:
         with _file(picture) as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+            file.seek(0)
             image = PIL.Image.open(file)
             image.verify()  # checks every part of a PNG, and of the other formats next to nothing
             whole = image.format == "PNG"
@@ -499,6 +508,7 @@ def _check_picture(picture: dict[str, Any]) -> None:
             if not whole:
                 file.seek(0)
                 PIL.Image.open(file).load()
+            return digest
     except FileNotFoundError:
         raise ValueError(f"the picture {picture['path']} does not exist") from None
     except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:

@@ -6,13 +6,17 @@ or by `max_new_tokens`. The same rows are scored with each other's pictures (a m
 and against the majority and the median of the training rows (a model must beat what needs no model).
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import random
 import re
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import astuple, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ import PIL.Image
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from peft import PeftModel
@@ -29,7 +33,7 @@ from tqdm import tqdm
 
 from sft_phi3v.collator import Collator
 from sft_phi3v.data import ROW, Template, to_examples
-from sft_phi3v.model import load_model, load_trained, on_device
+from sft_phi3v.model import base_commit, load_model, load_named, load_trained, on_device, run_file
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.phi3_v.image_processing_phi3_v import as_picture
 from sft_phi3v.preview import prepare, print_once
@@ -37,9 +41,11 @@ from sft_phi3v.recipe import RESUMABLE, Recipe, as_text, check_machine, differen
 from sft_phi3v.scoring import Completion, Scorer, better
 from sft_phi3v.streaming import Stream
 
-EXAMPLE_SIDE = 448  # pixels of a picture on the model card
-ORDER = ("baseline", "before", "after", "after_shuffled", "after_blank")
+EXAMPLE_SIDE = 448  # pixels of a picture on the model card and in W&B
+JOURNAL = ".generated"  # folder of what a cut evaluation has finished
+ORDER = ("baseline", "before", "after", "after_shuffled", "after_blank", "model", "model_shuffled", "model_blank")
 SURE = 0.01  # how seldom chance may do as well, for a difference to be called one
+SHOWN = 32  # rows that a tracker shows, where the recipe's `generation_rows` is 0
 STREAMED = 100_000  # most answers of a stream that the baseline is made of
 # What may differ from the recipe that was trained: none of it changes what is scored against what.
 RESCORABLE = re.compile(rf"eval_rows|max_new_tokens|use_cpu|bf16|fp16|dtype|{RESUMABLE.pattern}")
@@ -54,6 +60,7 @@ def generate(
     batch_size: int,
     description: str = "generate",
     progress: bool = True,
+    journal: "Journal | None" = None,
 ) -> list[Completion]:
     """
     Greedy completions for the last assistant turn of each example, on all processes together.
@@ -66,6 +73,7 @@ def generate(
         batch_size (`int`): Rows generated at once on each process; half as many, and so on, where memory does not last.
         description (`str`, *optional*): Text of the progress bar.
         progress (`bool`, *optional*): Whether to show it.
+        journal ([`Journal`], *optional*): Keeps what is finished; what it holds already is not generated again.
 
     Returns:
         `list[Completion]`: In the order of `examples`, the same on every process.
@@ -77,13 +85,14 @@ def generate(
     # Rows of like length share a batch, so that little is padded; longest first: a batch too large fails at once.
     collator = Collator(processor)
     lengths = [collator.lengths(example).tokens for example in examples]
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    finished = journal.read() if journal is not None else {}
+    order = sorted({*range(len(lengths))} - finished.keys(), key=lambda index: -lengths[index])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     was_training = model.training
     model.eval()
     found: list[tuple[int, Completion]] = []
     quiet = not (progress and state.is_main_process)
-    with torch.no_grad(), tqdm(total=len(order), desc=description, disable=quiet) as bar:
+    with torch.no_grad(), tqdm(total=len(lengths), initial=len(finished), desc=description, disable=quiet) as bar:
         left = batches[state.process_index :: state.num_processes]
         while left:
             batch = left.pop(0)
@@ -96,11 +105,49 @@ def generate(
                 clear_device_cache(garbage_collection=True)
                 continue
             found += zip(batch, completions, strict=True)
+            if journal is not None:
+                journal.add(found[-len(batch) :])
             bar.update(min(len(batch) * state.num_processes, bar.total - bar.n))
     model.train(was_training)
     if state.num_processes > 1:
         found = gather_object(found)
-    return [completion for _, completion in sorted(found, key=lambda pair: pair[0])]
+    return [completion for _, completion in sorted([*finished.items(), *found], key=lambda pair: pair[0])]
+
+
+class Journal:
+    """
+    The completions of one model so far, a line each, so that an evaluation that was cut goes on where it was.
+
+    Each process writes a file of its own; all of them are read, whatever the number of processes by then.
+
+    Args:
+        folder (`Path`): Where the files lie.
+        key (`str`): What the completions are of. Other keys' files are not looked at.
+    """
+
+    def __init__(self, folder: Path, key: str):
+        self.folder, self.key = folder, hashlib.sha256(key.encode()).hexdigest()[:16]
+
+    def read(self) -> dict[int, Completion]:
+        """What is finished, by its position among the examples: the same on every process, on any disk."""
+        found: dict[int, Completion] = {}
+        for path in sorted(self.folder.glob(f"{self.key}.*.jsonl")):
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                with contextlib.suppress(ValueError):  # the last line of a process that was cut may be half
+                    index, *completion = json.loads(line)
+                    found[index] = Completion(*completion)
+        pairs = [*found.items()]
+        return dict(gather_object(pairs) if PartialState().num_processes > 1 else pairs)
+
+    def add(self, found: Iterable[tuple[int, Completion]]) -> None:
+        """Writes down what is finished."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{self.key}.{PartialState().process_index}.jsonl"
+        with path.open("a", encoding="utf-8") as file:
+            # What a process that was cut wrote last may have no end.
+            file.write(
+                "\n" + "\n".join(json.dumps([index, *astuple(completion)]) for index, completion in found) + "\n"
+            )
 
 
 def _halved(batches: list[list[int]], error: RuntimeError) -> list[list[int]]:
@@ -248,8 +295,12 @@ class Evaluation:
         if train_rows is not None:
             self.metrics["baseline"] = self.scorer.baseline(_train_answers(train_rows, recipe), self.references)
         self.completions: dict[str, list[Completion]] = {}
+        count = min(recipe.task.generation_rows or SHOWN, len(self.rows))
+        self.sample = sorted(random.Random(recipe.training.seed).sample(range(len(self.rows)), count))
 
-    def run(self, name: str, model: Phi3VForCausalLM | PeftModel) -> dict[str, Any]:
+    def run(
+        self, name: str, model: Phi3VForCausalLM | PeftModel, *, weights: dict[str, str] | None = None
+    ) -> dict[str, Any]:
         """
         Generates and scores under a name, `before` or `after`; `after_shuffled` and `after_blank` are the controls, in
         which the rows get each other's pictures, or grey ones.
@@ -257,6 +308,8 @@ class Evaluation:
         Args:
             name (`str`): Key in `metrics.json` and in each line of `completions.jsonl`.
             model ([`Phi3VForCausalLM`] or `PeftModel`): The model to score.
+            weights (`dict[str, str]`, *optional*): What says which weights these are. Given it, completions are kept as
+                they come, and those that an earlier evaluation, cut short, kept of the same weights are taken over.
 
         Returns:
             `dict`: The scores; with shuffled pictures also `moved`, the number of rows that really got others.
@@ -276,24 +329,70 @@ class Evaluation:
                 batch_size=self.recipe.task.generation_batch_size,
                 description=f"generate ({name.replace('_', ', ')})",
                 progress=not training.disable_tqdm,
+                journal=None if weights is None else self._journal(name, weights),
             )
         self.metrics[name] = self.scorer.score(self.completions[name])
         if isinstance(examples, ShuffledPictures):
             self.metrics[name]["moved"] = examples.moved
         return self.metrics[name]
 
-    def compare(self) -> str:
+    def _journal(self, name: str, weights: dict[str, str]) -> Journal:
+        keys = {key: value for key, value in self.recipe.dump().items() if not RESUMABLE.fullmatch(key)}
+        [key] = broadcast_object_list([json.dumps([name, weights, keys, self.rows, self.references], default=str)])
+        return Journal(self.folder / JOURNAL, key)
+
+    def compare(self, subject: str = "after") -> str:
         """
-        Tests, on the same rows, whether `after` is better than `before` and than the control with others' pictures.
+        Tests, on the same rows, whether a model is better than `before` and than with others' pictures, and finds
+        where it is worst.
+
+        Args:
+            subject (`str`, *optional*, defaults to `"after"`): The name that the model was scored under.
 
         Returns:
             `str`: In words, whether it learned, and whether it uses the picture. The numbers go into the metrics.
         """
-        after = self.scorer.main_values(self.completions["after"])
-        for name, key in (("before", "better_than_before"), ("after_shuffled", "better_than_shuffled")):
-            others = self.scorer.main_values(self.completions[name])
-            self.metrics["after"][key] = {field: better(after[field], others[field]) for field in after}
+        own = self.scorer.main_values(self.completions[subject])
+        for name, key in (("before", "better_than_before"), (f"{subject}_shuffled", "better_than_shuffled")):
+            if name in self.completions:
+                others = self.scorer.main_values(self.completions[name])
+                self.metrics[subject][key] = {field: better(own[field], others[field]) for field in own}
+        self.metrics[subject]["errors"] = self.scorer.worst(self.completions[subject])
         return verdict(self.metrics)
+
+    def sampled(self, model: Phi3VForCausalLM | PeftModel) -> tuple[dict[str, float], list[Completion]]:
+        """
+        Scores the rows of `sample` in the middle of training.
+
+        Args:
+            model ([`Phi3VForCausalLM`] or `PeftModel`): The model as it is now.
+
+        Returns:
+            `tuple[dict[str, float], list[Completion]]`: The scores, named as [`Evaluation.sampled_scores`] and more;
+            the completions.
+        """
+        with self.precision(model):
+            completions = generate(
+                model,
+                self.processor,
+                [self.examples[index] for index in self.sample],
+                max_new_tokens=self.recipe.task.max_new_tokens,
+                batch_size=self.recipe.task.generation_batch_size,
+                description="generate (while it trains)",
+                progress=False,
+            )
+        scores = self.scorer.score(completions)
+        named = {f"eval_{name}": scores[name] for name in ("parsed", "stopped")}
+        for field, found in scores["fields"].items():
+            named |= {f"eval_{field}_{name}": value for name, value in found.items() if value is not None}
+        return named, completions
+
+    def sampled_scores(self) -> list[str]:
+        """Names of those of [`Evaluation.sampled`]'s scores that are never missing; of all, more is better."""
+        always = {"exact", "normalised", "token_f1", "edit_similarity", "macro_f1", "rouge_l", "within_10pct"}
+        fields = self.scorer.score([Completion(0, "", "", True)] * 2)["fields"]
+        names = [f"eval_{field}_{name}" for field, found in fields.items() for name in found if name in always]
+        return ["eval_parsed", "eval_stopped", *names]
 
     def precision(self, model: Phi3VForCausalLM | PeftModel) -> torch.autocast:
         """Training runs under autocast and leaves the model so: the same for a model that was not trained."""
@@ -319,6 +418,7 @@ class Evaluation:
             lines.append(json.dumps(line, ensure_ascii=False))
         write_whole(self.folder / "completions.jsonl", "\n".join(lines) + "\n")
         write_whole(self.folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
+        shutil.rmtree(self.folder / JOURNAL, ignore_errors=True)
 
     def resume(self) -> bool:
         """Takes over what an interrupted run of the same rows has scored before training; says whether it did."""
@@ -350,6 +450,26 @@ class Evaluation:
             for line in lines
         )
 
+    def worst(self, most: int = 3) -> str:
+        """Where the scored model is worst, for people: rows by field, and categories."""
+        subject = "model" if "model" in self.metrics else "after"
+        found, completions = self.metrics[subject]["errors"], self.completions[subject]
+        lines = []
+        for field, worst in found["worst"].items():
+            lines.append(f"{field}: the worst rows" if worst else f"{field}: no mistake")
+            for index in worst[:most]:
+                wanted, given = (
+                    (self.scorer.parse(text) or {}).get(field)
+                    for text in (self.references[index], completions[index].text)
+                )
+                found_text = repr(given) if given is not None else f"another form: {completions[index].text!r}"
+                lines.append(f"  row {self.rows[index]}: {wanted!r} → {found_text}")
+        for field, categories in found["by_category"].items():
+            hardest = sorted(categories.items(), key=lambda item: item[1]["right"])[:most]
+            shown = [f"{name} {one['right']:.0%} of {one['rows']}" for name, one in hardest]
+            lines.append(f"{field}: all fields right least often in {', '.join(shown)}")
+        return "\n".join(lines)
+
     def save_examples(self) -> None:
         """
         Writes `card_examples` of the scored rows' pictures as `examples/N.jpg`, small, for the model card; N is the
@@ -363,11 +483,16 @@ class Evaluation:
         for index in random.Random(self.recipe.training.seed).sample(range(len(self.rows)), len(self.rows)):
             images = self.examples[index]["images"]
             if len(images) == 1 and len([*aside.iterdir()]) < wanted:
-                picture = as_picture(images[0]).convert("RGB")
-                picture.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
-                picture.info.clear()  # comments and the like would be written along
-                picture.save(aside / f"{index + 1}.jpg", quality=85)
+                thumbnail(images[0]).save(aside / f"{index + 1}.jpg", quality=85)
         os.replace(aside, folder)
+
+
+def thumbnail(image: PIL.Image.Image, side: int = EXAMPLE_SIDE) -> PIL.Image.Image:
+    """A small picture as the model sees the large one, for people."""
+    picture = as_picture(image).convert("RGB")
+    picture.thumbnail((side, side))
+    picture.info.clear()  # comments and the like would be written along
+    return picture
 
 
 def score_rows(metrics: dict[str, Any]) -> list[list[str]]:
@@ -395,7 +520,10 @@ def score_rows(metrics: dict[str, Any]) -> list[list[str]]:
             values += [found["median_ape"], found["within_10pct"]] if "median_ape" in found else [found["exact"]]
         shown = ["–" if value is None else f"{100 * value:.1f}%" for value in values]
         moved = scores.get("moved", scores["rows"])
-        label = name.replace("after_", "after, pictures " if moved == scores["rows"] else f"after, {moved} pictures ")
+        subject, _, control = name.partition("_")
+        label = name
+        if control in ("shuffled", "blank"):
+            label = f"{subject}, {'' if moved == scores['rows'] else f'{moved} '}pictures {control}"
         lines.append([label, str(scores["rows"]), *shown])
     return lines
 
@@ -408,10 +536,13 @@ def verdict(metrics: dict[str, Any]) -> str:
     Returns:
         `str`: Two sentences: did it learn, and from the picture?
     """
-    after, shuffled = metrics["after"], metrics["after_shuffled"]
-    learned = [field for field, test in after["better_than_before"].items() if test["p"] < SURE]
+    subject = "model" if "model" in metrics else "after"
+    after, shuffled = metrics[subject], metrics[f"{subject}_shuffled"]
     seen = {field: test for field, test in after["better_than_shuffled"].items() if test["p"] < SURE}
-    first = f"Better than before in {_listed(learned)}." if learned else "No better than before in any field."
+    first = "This is the base model."
+    if "better_than_before" in after:
+        learned = [field for field, test in after["better_than_before"].items() if test["p"] < SURE]
+        first = f"Better than before in {_listed(learned)}." if learned else "No better than before in any field."
     if not shuffled["moved"]:
         return f"{first} Whether it uses the picture is not known: no row could be given another row's."
     if not seen:
@@ -445,6 +576,7 @@ def write_whole(path: Path, text: str) -> None:
 def evaluate(recipe: Recipe) -> Evaluation:
     """
     Scores what the recipe's `output_dir` holds, on the rows that the run scored: before, after, with others' pictures.
+    Or, with `model`, `split` or `limit`, any other model and rows; these scores go into `output_dir/scores`.
 
     Args:
         recipe ([`Recipe`]): The recipe that was trained.
@@ -453,20 +585,65 @@ def evaluate(recipe: Recipe) -> Evaluation:
         [`Evaluation`]: The scores; its files are written when all of them are there.
 
     Raises:
-        ValueError: If nothing was trained there, or the recipe is not the one that was.
+        ValueError: If nothing was trained there, the recipe is not the one that was, or there is no such model or
+            split.
     """
     check_machine(recipe)
-    folder = trained_folder(recipe)
-    collator, train_rows, held_out_rows = prepare(recipe)
-    evaluation = Evaluation(recipe, collator.processor, train_rows, held_out_rows)
-    evaluation.run("before", on_device(load_model(recipe)))
-    model = load_trained(recipe, folder)
-    evaluation.run("after", model)
-    evaluation.run("after_shuffled", model)
-    evaluation.run("after_blank", model)
-    evaluation.compare()
+    scoring = recipe.scoring
+    folder = None if scoring.model else trained_folder(recipe)
+    prepared = prepare(_with_split(recipe))
+    held_out = prepared.held_out
+    if scoring.split == recipe.script.dataset_train_split:
+        if isinstance(prepared.train, Stream):
+            raise ValueError(f"`split: {scoring.split}` with `dataset_streaming: true`: add --dataset_streaming false.")
+        held_out = prepared.train
+    if scoring.limit is not None:
+        recipe = replace(recipe, task=replace(recipe.task, eval_rows=scoring.limit))
+    evaluation = Evaluation(recipe, prepared.collator.processor, prepared.train, held_out)
+    if asked := [str(value) for value in (scoring.model, scoring.split, scoring.limit) if value is not None]:
+        evaluation.folder /= "scores/" + re.sub(r"[^\w.-]+", "-", "_".join(asked)).strip("-.")
+    if scoring.model != recipe.model.model_name_or_path:
+        base = on_device(load_model(recipe))
+        evaluation.run("before", base, weights={"base": str(base_commit(base.config))})
+        del base
+    subject, weights = "after", trained_hashes(folder) if folder else {"model": str(scoring.model)}
+    model: PeftModel | Phi3VForCausalLM
+    if folder:
+        model = load_trained(recipe, folder)
+    else:
+        subject = "model"
+        model, evaluation.processor = load_named(recipe, str(scoring.model))
+        if Path(str(scoring.model)).is_dir():
+            weights = trained_hashes(Path(str(scoring.model)))
+    for name in (subject, f"{subject}_shuffled", f"{subject}_blank"):
+        evaluation.run(name, model, weights=weights)
+    evaluation.compare(subject)
     evaluation.write()
     return evaluation
+
+
+def _with_split(recipe: Recipe) -> Recipe:
+    """The recipe with `split` for its test split, unless that is the train split."""
+    split = recipe.scoring.split
+    if split in (None, recipe.script.dataset_train_split):
+        return recipe
+    script = replace(recipe.script, dataset_test_split=split)
+    return replace(recipe, script=script, settings=recipe.settings | {"dataset_test_split": split})
+
+
+def file_hashes(folder: Path, *patterns: str) -> dict[str, str]:
+    """SHA-256 of the files of a folder, by their paths in it."""
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    hashes = {}
+    for path in files:
+        with path.open("rb") as file:
+            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def trained_hashes(folder: Path) -> dict[str, str]:
+    """[`file_hashes`] of what a run trained: its adapter, or all weights of a full fine-tuning."""
+    return file_hashes(folder, "adapter_config.json", "adapter_model.safetensors", "model*.safetensors")
 
 
 def trained_folder(recipe: Recipe) -> Path:
@@ -507,11 +684,6 @@ def trained_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def run_file(folder: Path, name: str) -> Path:
-    """A file of the run that a folder belongs to; a checkpoint's lies one folder up."""
-    return folder.parent / name if folder.name.startswith("checkpoint-") else folder / name
-
-
 def trained_keys(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """The recipe as it was trained, whatever the command line says by now, without what names this machine."""
     saved, environment = run_file(folder, "recipe.yaml"), run_file(folder, "environment.json")
@@ -547,9 +719,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         evaluation = evaluate(load_recipe(sys.argv[1:] if argv is None else argv))
     except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {error}" if PartialState().is_main_process else 1) from None
     if PartialState().is_main_process:
-        print(f"{evaluation.table()}\n\n{verdict(evaluation.metrics)}")
+        found = [evaluation.table(), verdict(evaluation.metrics), evaluation.worst(), f"scores: {evaluation.folder}"]
+        print("\n\n".join(found))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,10 @@ from peft import PeftModel
 from PIL import Image
 from tqdm import tqdm
 from transformers import TextStreamer
-from transformers.utils import cached_file
 
 from sft_phi3v.data import Template, conversation, open_picture
-from sft_phi3v.evaluation import generate, run_file, with_pictures
-from sft_phi3v.model import first_line, load_model, on_device
+from sft_phi3v.evaluation import generate, with_pictures
+from sft_phi3v.model import load_model, model_file, on_device
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.recipe import Parser, Recipe, TaskArguments, load_recipe
 from sft_phi3v.scoring import Completion
@@ -66,13 +65,13 @@ def load(name: str, *, base_model: str | None = None, num_crops: int | None = No
     Raises:
         ValueError: If there is no such model, or an adapter's recipe or base model is missing.
     """
-    adapter = _file(name, "adapter_config.json")
-    if adapter is None and _file(name, "config.json") is None:
+    adapter = model_file(name, "adapter_config.json", key="--model")
+    if adapter is None and model_file(name, "config.json", key="--model") is None:
         raise ValueError(
             f"--model: {name!r} holds neither adapter_config.json nor config.json. Expected a folder that training or "
             "merging wrote, or a Hub id (and a network, or the model in the local cache)."
         )
-    recipe_file = _file(name, "recipe.yaml")
+    recipe_file = model_file(name, "recipe.yaml", key="--model")
     processor = Phi3VProcessor.from_pretrained(name, num_crops=num_crops)
     model: Phi3VForCausalLM | PeftModel
     if adapter is not None:
@@ -86,19 +85,6 @@ def load(name: str, *, base_model: str | None = None, num_crops: int | None = No
         print(f"recipe.yaml of {name} is left aside: {error}", file=sys.stderr)
         task = TaskArguments()
     return Loaded(model, processor, task)
-
-
-def _file(name: str, file: str) -> Path | None:
-    """A file of a model, from its folder (of a checkpoint, from its run's), the local cache or the Hub."""
-    if Path(name).is_dir():
-        found = [path for path in (Path(name, file), run_file(Path(name), file)) if path.is_file()]
-        return found[0] if found else None
-    quiet = ("gated_repo", "missing_entries", "connection_errors")
-    try:
-        cached = cached_file(name, file, **{f"_raise_exceptions_for_{what}": False for what in quiet})
-    except OSError as error:
-        raise ValueError(f"--model: {name!r} cannot be read: {first_line(error)}") from error
-    return None if cached is None else Path(cached)
 
 
 def _adapted(name: str, adapter: Path, recipe_file: Path | None, base_model: str | None) -> tuple[PeftModel, Recipe]:

@@ -34,9 +34,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from huggingface_hub.hf_api import RepoFile
 
 from sft_phi3v.card import HUB_ID, licence, render_card
-from sft_phi3v.evaluation import public_recipe, run_file, trained_folder, trained_keys
-from sft_phi3v.merge import REPORT, file_hashes, trained_hashes
-from sft_phi3v.model import first_line
+from sft_phi3v.evaluation import file_hashes, public_recipe, trained_folder, trained_hashes, trained_keys
+from sft_phi3v.merge import REPORT
+from sft_phi3v.model import first_line, run_file
 from sft_phi3v.recipe import Recipe, as_text, load_recipe
 
 T = TypeVar("T")

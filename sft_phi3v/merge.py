@@ -9,7 +9,6 @@ the live adapter on held-out rows; and only then gets its name.
 
 import copy
 import gc
-import hashlib
 import json
 import os
 import shutil
@@ -34,12 +33,20 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from sft_phi3v.collator import IGNORED, Collator
-from sft_phi3v.evaluation import Evaluation, public_recipe, trained_folder, write_whole
+from sft_phi3v.evaluation import (
+    Evaluation,
+    file_hashes,
+    public_recipe,
+    trained_folder,
+    trained_hashes,
+    write_whole,
+)
 from sft_phi3v.model import base_file, load_model, load_trained, on_device
 from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.preview import prepare_held_out
 from sft_phi3v.recipe import Recipe, check_machine, load_recipe
 from sft_phi3v.scoring import Completion
+from sft_phi3v.tracking import log_merged
 
 REPORT = "merge_report.json"
 DTYPE = torch.bfloat16
@@ -147,6 +154,7 @@ def merge(recipe: Recipe) -> Path:
         rows = Evaluation(recipe, collator.processor, None, held_out_rows, most=recipe.publish.merge_rows)
         trained, attempt = attempt_merge(recipe, folder, target, rows, collator)
         _conclude(recipe, folder, target, trained, attempt)
+    log_merged(recipe, target)
     print(f"\n{rows.table()}\n\n{summary(target)}")
     return target
 
@@ -482,21 +490,6 @@ def complete(recipe: Recipe, trained: Path, collator: Collator, folder: Path) ->
         found = base_file(recipe, name)
         if found is not None:
             shutil.copyfile(found, folder / name)
-
-
-def file_hashes(folder: Path, *patterns: str) -> dict[str, str]:
-    """SHA-256 of the files of a folder, by their paths in it."""
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    hashes = {}
-    for path in files:
-        with path.open("rb") as file:
-            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
-
-
-def trained_hashes(folder: Path) -> dict[str, str]:
-    """[`file_hashes`] of what a run trained: its adapter, or all weights of a full fine-tuning."""
-    return file_hashes(folder, "adapter_config.json", "adapter_model.safetensors", "model*.safetensors")
 
 
 def _rename(aside: Path, target: Path) -> None:

@@ -6,28 +6,32 @@ on the model itself and printed before training, because the usual options miss 
 `[q_proj, v_proj]` puts 48 adapters into CLIP and none into the language model, whose linears are fused.
 """
 
+import json
 import math
 import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes
 import torch
+import yaml
 from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils import cached_file
-from trl import get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.recipe import Recipe
 
 # Names as dotted paths from the root; a list replaces transformers' own default, so lm_head must be among them.
 NEVER_QUANTISED = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+QUANTISATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
 
 PARTS = {
     "language_model": "model.language_model.",
@@ -145,6 +149,70 @@ def load_trained(recipe: Recipe, folder: Path, *, quantised: bool = True) -> Pef
     record = PeftConfig.from_pretrained(folder)
     base = on_device(load_model(recipe, revision=record.revision, quantised=quantised))
     return PeftModel.from_pretrained(base, folder).eval()
+
+
+def load_named(recipe: Recipe, name: str) -> tuple[PeftModel | Phi3VForCausalLM, Phi3VProcessor]:
+    """
+    Loads any model to score it: a base model, an adapter on the base model that it records, or a merged model.
+
+    Args:
+        recipe ([`Recipe`]): Says in which dtype, and how many crops. Its own base model is quantised as it says, an
+            adapter's as the recipe beside the adapter says, and others are not.
+        name (`str`): Folder or Hub id.
+
+    Returns:
+        `tuple[PeftModel | Phi3VForCausalLM, Phi3VProcessor]`: The model, on its device, for inference; its processor.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    adapter = model_file(name, "adapter_config.json", key="model")
+    if adapter is None and model_file(name, "config.json", key="model") is None:
+        raise ValueError(
+            f"`model` is {name!r}, which holds neither adapter_config.json nor config.json. Expected a folder that "
+            "training or merging wrote, or a Hub id (and a network, or the model in the local cache)."
+        )
+    source = name if model_file(name, "tokenizer.json", key="model") else str(recipe.model.model_name_or_path)
+    processor = Phi3VProcessor.from_pretrained(source, num_crops=recipe.task.num_crops)
+    if name == recipe.model.model_name_or_path:
+        return on_device(load_model(recipe)).eval(), processor
+    if adapter is None:
+        other = replace(recipe.model, model_name_or_path=name, model_revision="main")
+        return on_device(load_model(replace(recipe, model=other), quantised=False)).eval(), processor
+    record = json.loads(adapter.read_text(encoding="utf-8"))
+    beside = model_file(name, "recipe.yaml", key="model")
+    if beside is None:
+        raise ValueError(
+            f"`model` is {name!r}, an adapter without recipe.yaml: nothing says how its base model was quantised. Put "
+            "the recipe of its training there."
+        )
+    # Not by load_recipe: another SFTConfig would reset what Accelerate knows of the processes.
+    keys, defaults = yaml.safe_load(beside.read_text(encoding="utf-8")), ModelConfig()
+    quantisation = {key: keys.get(key, getattr(defaults, key)) for key in QUANTISATION}
+    other = replace(recipe.model, model_name_or_path=record["base_model_name_or_path"], **quantisation)
+    base = on_device(load_model(replace(recipe, model=other), revision=record.get("revision")))
+    return PeftModel.from_pretrained(base, name).eval(), processor
+
+
+def run_file(folder: Path, name: str) -> Path:
+    """A file of the run that a folder belongs to; a checkpoint's lies one folder up."""
+    return folder.parent / name if folder.name.startswith("checkpoint-") else folder / name
+
+
+def model_file(name: str, file: str, *, key: str) -> Path | None:
+    """
+    A file of a model, from its folder (of a checkpoint, from its run's), the local cache or the Hub; `None` if it has
+    none. `key` is what the model was given as, for errors.
+    """
+    if Path(name).is_dir():
+        found = [path for path in (Path(name, file), run_file(Path(name), file)) if path.is_file()]
+        return found[0] if found else None
+    quiet = ("gated_repo", "missing_entries", "connection_errors")
+    try:
+        cached = cached_file(name, file, **{f"_raise_exceptions_for_{what}": False for what in quiet})
+    except OSError as error:
+        raise ValueError(f"{key}: {name!r} cannot be read: {first_line(error)}") from error
+    return None if cached is None else Path(cached)
 
 
 def on_device(model: Phi3VForCausalLM) -> Phi3VForCausalLM:

@@ -8,21 +8,44 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 from tqdm import tqdm
 
 from sft_phi3v.collator import IGNORED, Collator, Lengths
-from sft_phi3v.data import check_rows, load_splits, to_examples
+from sft_phi3v.data import ROW, check_rows, load_splits, to_examples
 from sft_phi3v.model import load_processor
 from sft_phi3v.recipe import Recipe, check_machine, check_output_dir, load_recipe
 from sft_phi3v.streaming import Stream, load_stream
 
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
+BINS = 30
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """
+    What a run trains on and is scored on, read and checked.
+
+    Args:
+        collator ([`Collator`]): Makes the batches.
+        train (`Dataset` or [`Stream`]): The rows to train on.
+        held_out (`Dataset`): The held-out rows.
+        overview (`dict`): What `data.json` holds: how many `rows`; held-out rows whose picture is also trained on
+            (`leakage`; `None` for a stream, which is not read through); `histograms` of tokens and picture sizes; the
+            `supervised_share` of all tokens; and one `example` as the model reads it ([`runs_of`]).
+    """
+
+    collator: Collator
+    train: Dataset | Stream
+    held_out: Dataset
+    overview: dict[str, Any]
 
 
 def fitting(rows: Dataset, recipe: Recipe, collator: Collator) -> tuple[Dataset, list[Lengths]]:
@@ -69,35 +92,74 @@ def data_table(train: Sequence[Lengths], train_rows: int, held_out_rows: int) ->
     return "\n".join(lines)
 
 
-def masked_example(example: dict[str, Any], collator: Collator, *, colour: bool) -> str:
+def runs_of(example: dict[str, Any], collator: Collator) -> list[dict[str, Any]]:
     """
-    One example as the model reads it, with what is supervised marked.
+    One example as the model reads it, cut where it begins or ends to be supervised, and around pictures.
 
     Args:
         example (`dict`): An example.
         collator ([`Collator`]): Makes its labels.
+
+    Returns:
+        `list[dict]`: `{"text", "tokens", "supervised", "picture"}` each; the text of a picture is one image token.
+    """
+    batch = collator([example])
+    tokenizer, image_token = collator.processor.tokenizer, collator.processor.image_token_id
+    runs: list[tuple[bool, bool, list[int]]] = []
+    for token, label in zip(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), strict=True):
+        kind = (label != IGNORED, token == image_token)
+        if not runs or runs[-1][:2] != kind:
+            runs.append((*kind, []))
+        runs[-1][2].append(token)
+    return [
+        {
+            "text": tokenizer.decode(tokens[:1] if picture else tokens),
+            "tokens": len(tokens),
+            "supervised": supervised,
+            "picture": picture,
+        }
+        for supervised, picture, tokens in runs
+    ]
+
+
+def masked_example(runs: Sequence[dict[str, Any]], *, colour: bool) -> str:
+    """
+    One example for the terminal, with what is supervised marked.
+
+    Args:
+        runs (sequence of `dict`): From [`runs_of`].
         colour (`bool`): Green for supervised and dim for masked tokens; else supervised ones stand in ⟦ ⟧.
 
     Returns:
         `str`: The tokens; a run of image tokens is shown once, with its count.
     """
-    batch = collator([example])
-    tokenizer, image_token = collator.processor.tokenizer, collator.processor.image_token_id
-    runs: list[tuple[bool, list[int]]] = []
-    for token, label in zip(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), strict=True):
-        supervised = label != IGNORED
-        if not runs or runs[-1][0] != supervised or (token == image_token) != (runs[-1][1][-1] == image_token):
-            runs.append((supervised, []))
-        runs[-1][1].append(token)
     pieces = []
-    for supervised, tokens in runs:
-        text = tokenizer.decode(tokens) if tokens[0] != image_token else f"<|image|>×{len(tokens)}"
-        text = text.replace("\n", "⏎")
+    for run in runs:
+        text = run["text"].replace("\n", "⏎") + (f"×{run['tokens']}" if run["picture"] else "")
         if colour:
-            pieces.append(f"{GREEN if supervised else DIM}{text}{PLAIN}")
+            pieces.append(f"{GREEN if run['supervised'] else DIM}{text}{PLAIN}")
         else:
-            pieces.append(f"⟦{text}⟧" if supervised else text)
+            pieces.append(f"⟦{text}⟧" if run["supervised"] else text)
     return "".join(pieces)
+
+
+def _overview(
+    train: Dataset, lengths: Sequence[Lengths], runs: list[dict[str, Any]], leaked: list[int] | None
+) -> dict[str, Any]:
+    values = {key: [getattr(found, key) for found in lengths] for key in ("tokens", "image_tokens", "supervised")}
+    sizes = [size for found in lengths for size in found.sizes]
+    values |= {"width": [width for width, _ in sizes], "height": [height for _, height in sizes]}
+    histograms = {}
+    for name, found in values.items():
+        if found:
+            counts, edges = np.histogram(found, bins=min(BINS, max(found) - min(found) + 1))
+            histograms[name] = {"edges": edges.tolist(), "counts": counts.tolist()}
+    return {
+        "leakage": None if leaked is None else {"pictures": len(leaked), "rows": leaked},
+        "histograms": histograms,
+        "supervised_share": sum(values["supervised"]) / sum(values["tokens"]),
+        "example": {"row": train[ROW][0], "runs": runs},
+    }
 
 
 def print_once(text: str) -> None:
@@ -106,7 +168,7 @@ def print_once(text: str) -> None:
         print(text, flush=True)
 
 
-def prepare(recipe: Recipe) -> tuple[Collator, Dataset | Stream, Dataset]:
+def prepare(recipe: Recipe) -> Prepared:
     """
     Reads and checks everything that costs no GPU time, and shows it. Of a stream it reads the first rows; the others
     are checked when they come.
@@ -115,7 +177,7 @@ def prepare(recipe: Recipe) -> tuple[Collator, Dataset | Stream, Dataset]:
         recipe ([`Recipe`]): The recipe.
 
     Returns:
-        `tuple[Collator, Dataset | Stream, Dataset]`: The collator; the rows to train on; the held-out rows.
+        [`Prepared`]: The collator; the rows to train on; the held-out rows; what is to be known of them.
 
     Raises:
         ValueError: If any row cannot be used, with the row, the reason and the remedy.
@@ -128,22 +190,29 @@ def prepare(recipe: Recipe) -> tuple[Collator, Dataset | Stream, Dataset]:
     else:
         train, held_out = load_splits(recipe)
     collator = _collator(recipe)
-    for rows in (train, held_out):
-        check_rows(rows, recipe)
+    known = frozenset[bytes]().union(*check_rows(train, recipe))
+    seen = [row for row, digests in zip(held_out[ROW], check_rows(held_out, recipe), strict=True) if digests & known]
     train, lengths = fitting(train, recipe, collator)
     held_out, _ = fitting(held_out, recipe, collator)
     total = len(train) if stream is None else len(stream)
     print_once(f"\n{data_table(lengths, total, len(held_out))}\n")
+    if stream is None and seen:
+        print_once(
+            f"leakage: {len(seen)} held-out rows show a picture that is trained on as well, byte for byte (first: row "
+            f"{seen[0]}). Their scores say little; `python -m sft_phi3v.prepare` keeps equal pictures together.\n"
+        )
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     legend = "green is supervised" if colour else "⟦supervised⟧"
-    example = to_examples(train, recipe)[0]
-    print_once(f"row {example['row']} as the model reads it ({legend}):")
-    print_once(f"{masked_example(example, collator, colour=colour)}\n")
+    runs = runs_of(to_examples(train, recipe)[0], collator)
+    overview = _overview(train, lengths, runs, seen if stream is None else None)
+    overview = {"rows": {"train": total, "held_out": len(held_out)}, **overview}
+    print_once(f"row {overview['example']['row']} as the model reads it ({legend}):")
+    print_once(f"{masked_example(runs, colour=colour)}\n")
     if stream is None:
-        return collator, train, held_out
+        return Prepared(collator, train, held_out, overview)
     if recipe.task.overlong == "drop" and collator.max_length is not None:
         stream.fits = partial(_fits, collator)
-    return collator, stream, held_out
+    return Prepared(collator, stream, held_out, overview)
 
 
 def prepare_held_out(recipe: Recipe) -> tuple[Collator, Dataset]:

@@ -1,9 +1,9 @@
 """A recipe is one flat YAML file that fixes one run: the model, the data, the training and where the result goes.
 
 Every key is a field of TRL's `ScriptArguments`, `ModelConfig` or `SFTConfig`, `datasets` (a mixture, as TRL's
-`DatasetMixtureConfig` has it), or one of our own in [`TaskArguments`],
-[`PrepareArguments`] and [`PublishArguments`]. The command line overrides the file, so this trains the Burberry recipe
-with four crops per picture:
+`DatasetMixtureConfig` has it), or one of our own in [`TaskArguments`], [`PrepareArguments`], [`ScoringArguments`] and
+[`PublishArguments`]. The command line overrides the file, so this trains the Burberry recipe with four crops per
+picture:
 
 ```python
 >>> recipe = load_recipe(["recipes/burberry.yaml", "--num_crops", "4", "--learning_rate", "1e-4"])
@@ -74,6 +74,14 @@ class TaskArguments:
         default=200,
         metadata={"help": "Held-out rows scored by generation before and after training. null: all of them."},
     )
+    generation_rows: int = field(
+        default=32,
+        metadata={
+            "help": "Held-out rows answered by generation at each evaluation during training, always the same ones. "
+            "Their scores are logged, and can be `metric_for_best_model`: eval_parsed, eval_<field>_exact and the "
+            "like. 0: none."
+        },
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "Most tokens generated for one completion."})
     generation_batch_size: int = field(default=8, metadata={"help": "Rows per device generated for at once."})
 
@@ -85,6 +93,8 @@ class TaskArguments:
             )
         if not self.adapt:
             raise ValueError("`adapt` is empty: name a part, or set `use_peft: false` to train every weight.")
+        if self.generation_rows < 0:
+            raise ValueError(f"`generation_rows` is {self.generation_rows}, expected 0 or more.")
         for key in ("num_crops", "eval_rows", "max_new_tokens", "generation_batch_size"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -169,6 +179,29 @@ class PrepareArguments:
                 raise ValueError(f"`{item.name}` is {value}, expected {least.get(item.name, 1)} or more.")
         if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
             raise ValueError(f"`push` is {self.push!r}, expected a Hub id such as user/name.")
+
+
+@dataclass
+class ScoringArguments:
+    """The keys of `python -m sft_phi3v.evaluation`, which scores what the recipe trained, or any other model."""
+
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is scored: folder or Hub id of a base model, an adapter or a merged model. null: what the "
+            "recipe trained."
+        },
+    )
+    split: str | None = field(
+        default=None, metadata={"help": "The split whose rows are scored. null: the held-out rows."}
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "Score so many of them, drawn by `seed`. null: `eval_rows`."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"`limit` is {self.limit}, expected 1 or more.")
 
 
 @dataclass
@@ -302,7 +335,7 @@ _REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 RESUMABLE = re.compile(
     r"max_steps|num_train_epochs|(save|logging|dataloader|hub)_.*|push_to_hub|report_to|run_name|disable_tqdm|"
     r"eval_strategy|eval_steps|per_device_(train|eval)_batch_size|gradient_accumulation_steps|generation_batch_size|"
-    r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare|"
+    r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare|model|split|limit|"
     r"adapter|merge_.*|compare_bases|what|license|language|card_examples|dry_run|replace"
 )
 
@@ -320,6 +353,7 @@ class Recipe:
         training ([`~trl.SFTConfig`]): Training, evaluation, tracking, output.
         task ([`TaskArguments`]): Our own keys.
         prepare ([`PrepareArguments`]): Our own keys about making the data set.
+        scoring ([`ScoringArguments`]): Our own keys about what is scored.
         publish ([`PublishArguments`]): Our own keys about merging and publishing.
         mixture ([`~trl.DatasetMixtureConfig`]): Its `datasets`, where the rows come from several; else it is empty.
         settings (`dict[str, Any]`):
@@ -334,6 +368,7 @@ class Recipe:
     training: "SFTConfig" = field(repr=False)  # its repr shows hub_token
     task: TaskArguments
     prepare: PrepareArguments
+    scoring: ScoringArguments
     publish: PublishArguments
     mixture: "DatasetMixtureConfig"
     settings: dict[str, Any] = field(repr=False)
@@ -417,7 +452,8 @@ def public_keys(keys: Mapping[str, Any], paths: Collection[str] = ()) -> dict[st
         path = Path(value).expanduser()
         return path.name if path.is_absolute() or key == "output_dir" or value in local else value
 
-    left_out = {"env", "run_name", "push", *(item.name for item in fields(PublishArguments))}
+    left_out = {"env", "run_name", "push"}
+    left_out |= {item.name for part in (ScoringArguments, PublishArguments) for item in fields(part)}
     return {key: cleaned(key, value) for key, value in keys.items() if key not in left_out}
 
 
@@ -453,7 +489,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
     from transformers.utils import is_torch_bf16_gpu_available
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-    ours = (TaskArguments, PrepareArguments, PublishArguments)
+    ours = (TaskArguments, PrepareArguments, ScoringArguments, PublishArguments)
     parts: Any = (ScriptArguments, ModelConfig, SFTConfig, *ours, DatasetMixtureConfig)
     kinds = {name: kind for part in parts for name, kind in get_type_hints(part).items()}
     kinds["lora_target_modules"] = str | list[str] | None  # a pattern too, as TRL documents and its annotation forgets
@@ -488,7 +524,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
     if _wants_bf16(values) and not is_torch_bf16_gpu_available():
         values["use_cpu"] = True  # SFTConfig would raise here, on every machine that only looks at the recipe
     try:
-        script, model, training, task, prepare, publish, mixture = TrlParser(parts).parse_dict(values)
+        script, model, training, task, prepare, scoring, publish, mixture = TrlParser(parts).parse_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # ModelConfig makes text of a list of one name, which PEFT then takes for a pattern that must match the whole path.
@@ -498,7 +534,8 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
         settings |= {key: getattr(model, key) for key in ("lora_r", "lora_alpha", "lora_dropout")}
     else:
         del settings["adapt"]  # without adapters it says nothing, and is refused
-    return Recipe(script, model, training, task, prepare, publish, mixture, settings, path, shlex.join(argv))
+    own = (task, prepare, scoring, publish)
+    return Recipe(script, model, training, *own, mixture, settings, path, shlex.join(argv))
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -639,6 +676,7 @@ def help_text() -> str:
     for part, opening in (
         (TaskArguments, []),
         (PrepareArguments, ["", "Of `prepare`, which makes the data set:", ""]),
+        (ScoringArguments, ["", "Of `evaluation`, which scores:", ""]),
         (PublishArguments, ["", "Of `merge` and `hub`, which publish what was trained:", ""]),
     ):
         lines += opening

@@ -7,6 +7,8 @@ import json
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,20 +19,23 @@ from accelerate.utils import gather_object
 from huggingface_hub import CommitOperationAdd, HfApi
 from peft import PeftModel
 from torch.utils.data import DataLoader
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
 
 from sft_phi3v.card import render_card
 from sft_phi3v.data import to_examples
-from sft_phi3v.evaluation import Evaluation, public_recipe, write_whole
+from sft_phi3v.evaluation import Evaluation, public_recipe, trained_hashes, write_whole
 from sft_phi3v.hub import check_before_training, check_for_leaks, trained_files
 from sft_phi3v.model import base_commit, first_line, landing_table, load_model, lora_config
 from sft_phi3v.phi3_v import Phi3VConfig
 from sft_phi3v.prepare import prepare as prepare_data
 from sft_phi3v.preview import prepare, print_once
 from sft_phi3v.recipe import Recipe, check_machine, check_output_dir, differences, load_recipe, local_paths
+from sft_phi3v.scoring import Completion
 from sft_phi3v.streaming import Passing, Resume, Stream
+from sft_phi3v.tracking import Meter, Tracking
 
 
 def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
@@ -48,13 +53,17 @@ def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
     """
     check_machine(recipe)
     check_output_dir(recipe)
+    tracking = Tracking(recipe)
     if recipe.prepare.prepare and recipe.prepare.source:
         with PartialState().main_process_first():
             if PartialState().is_main_process and not Path(str(recipe.script.dataset_name)).expanduser().exists():
                 prepare_data(recipe)
-    collator, train_rows, held_out_rows = prepare(recipe)
+    prepared = prepare(recipe)
+    collator, train_rows, held_out_rows = prepared.collator, prepared.train, prepared.held_out
     if isinstance(train_rows, Stream) and recipe.resume:
         _check_shares(recipe)
+    evaluation = Evaluation(recipe, collator.processor, train_rows, held_out_rows)
+    _check_best_metric(recipe, evaluation)
     model = load_model(recipe)
     trainer = Trainer(
         model=model,
@@ -66,7 +75,7 @@ def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
         peft_config=lora_config(recipe, model),
         callbacks=[Resume()],
     )
-    trainer.recipe = recipe
+    trainer.watch(recipe, evaluation, tracking)
     if recipe.training.push_to_hub and trainer.is_world_process_zero():
         check_before_training(recipe, trainer.hub_model_id)
     # TRL turns the adapter of a quantised model into bfloat16, but PEFT reads a checkpoint back as float32: a resumed
@@ -78,8 +87,9 @@ def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
     print_once(f"{landing_table(trainer.model)}\n")
     if trainer.is_world_process_zero():
         recipe.save(str(recipe.training.output_dir))
-        _save_environment(recipe, trainer.model.config, len(train_rows), len(held_out_rows))
-    return trainer, Evaluation(recipe, collator.processor, train_rows, held_out_rows)
+        tracking.environment = _save_environment(recipe, trainer.model.config, len(train_rows), len(held_out_rows))
+        write_whole(Path(str(recipe.training.output_dir), "data.json"), json.dumps(prepared.overview, indent=2) + "\n")
+    return trainer, evaluation
 
 
 def train(recipe: Recipe, trainer: "Trainer", evaluation: Evaluation) -> None:
@@ -92,8 +102,9 @@ def train(recipe: Recipe, trainer: "Trainer", evaluation: Evaluation) -> None:
         evaluation ([`Evaluation`]): From [`set_up`]; its scores end in `output_dir`, beside adapter and processor.
     """
     if not (recipe.resume and evaluation.resume()):
-        evaluation.run("before", trainer.model)
+        evaluation.run("before", trainer.model, weights={"base": str(base_commit(trainer.model.config))})
         evaluation.write()
+        trainer.show("before", evaluation.completions["before"])
     trainer.train(resume_from_checkpoint=recipe.resume)
     trainer.save_model()
     trainer.save_state()
@@ -101,15 +112,19 @@ def train(recipe: Recipe, trainer: "Trainer", evaluation: Evaluation) -> None:
         left_out = sum(gather_object([int(trainer.train_dataset.left_out.sum())]))
         limit = f"more than {recipe.training.max_length} tokens"
         print_once(f"overlong: {left_out} rows of the last epoch have {limit}: left out, others came twice instead.")
-    evaluation.run("after", trainer.model)
-    evaluation.run("after_shuffled", trainer.model)
-    evaluation.run("after_blank", trainer.model)
+    weights = trained_hashes(evaluation.folder)
+    for name in ("after", "after_shuffled", "after_blank"):
+        evaluation.run(name, trainer.model, weights=weights)
     found = evaluation.compare()
     evaluation.write()
     evaluation.save_examples()
-    if recipe.training.report_to:
-        trainer.log(_flat(evaluation.metrics))
+    trainer.show("after", evaluation.completions["after"])
+    # Not by `trainer.log`, which would print some hundred numbers: the table says them.
+    trainer.tracking.on_log(trainer.args, trainer.state, trainer.control, logs=_flat(evaluation.metrics))
     trainer.create_model_card()
+    alias = "best" if recipe.training.load_best_model_at_end else "last"
+    trainer.log_trained(evaluation.folder, "end", alias)
+    trainer.tracking.finish()
     if recipe.training.push_to_hub:
         trainer.push_to_hub("With scores")
     print_once(f"\n{evaluation.table()}\n\n{found}\n\nadapter, scores and completions: {recipe.training.output_dir}")
@@ -124,6 +139,53 @@ class Trainer(SFTTrainer):
     """
 
     recipe: Recipe
+    evaluation: Evaluation
+    tracking: Tracking
+    meter: Meter
+
+    def watch(self, recipe: Recipe, evaluation: Evaluation, tracking: Tracking) -> None:
+        """Takes our trackers in the place of transformers', and the rows to answer at each evaluation."""
+        self.recipe, self.evaluation, self.tracking, self.meter = recipe, evaluation, tracking, Meter()
+        for kind in get_reporting_integration_callbacks(self.args.report_to):
+            self.remove_callback(kind)
+        self.add_callback(self.meter)
+        self.add_callback(tracking)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        start = time.perf_counter()
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.meter.fetched(batches, start)
+        return batches, items
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs | self.meter.take() if "loss" in logs else logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        if self.recipe.task.generation_rows:
+            scores, completions = self.evaluation.sampled(self.model)
+            self.log({**scores})
+            self.show("while it trains", completions)
+            metrics |= scores
+        return metrics
+
+    def show(self, label: str, completions: Sequence[Completion]) -> None:
+        """Shows trackers the sample's pictures, with what a model made of these or of all rows."""
+        if self.is_world_process_zero():
+            if len(completions) > len(self.evaluation.sample):
+                completions = [completions[index] for index in self.evaluation.sample]
+            self.tracking.show(self.evaluation, completions, label, self.state.global_step)
+
+    def log_trained(self, folder: Path, when: str, alias: str) -> None:
+        """Shows trackers what was trained, the files that others may have of it."""
+        if self.is_world_process_zero():
+            kind = "adapter" if isinstance(self.model, PeftModel) else "model"
+            self.tracking.log_model(kind, lambda: trained_files(self.recipe, folder), when, alias)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        step = self.state.global_step
+        self.log_trained(Path(str(self.args.output_dir), f"checkpoint-{step}"), "checkpoint", f"step-{step}")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.is_world_process_zero():
@@ -204,6 +266,24 @@ class Trainer(SFTTrainer):
         return rows[:, 0].sum() / rows[:, 2].sum().clamp(min=1), None, None
 
 
+def _check_best_metric(recipe: Recipe, evaluation: Evaluation) -> None:
+    """Refuses a `metric_for_best_model` that no evaluation will give, or that would choose the worst."""
+    given = recipe.training.metric_for_best_model
+    if given is None:
+        return
+    name = given if given.startswith("eval_") else f"eval_{given}"
+    if name in ("eval_loss", "eval_mean_token_accuracy"):
+        return
+    names = evaluation.sampled_scores() if recipe.task.generation_rows else []
+    if name not in names:
+        raise ValueError(
+            f"`metric_for_best_model` is {given!r}, expected one of eval_loss, eval_mean_token_accuracy"
+            + (f", {', '.join(names)}." if names else "; with `generation_rows` above 0 also scores of generation.")
+        )
+    if not recipe.training.greater_is_better:
+        raise ValueError(f"`metric_for_best_model: {given}` with `greater_is_better: false` would keep the worst.")
+
+
 def _check_shares(recipe: Recipe) -> None:
     """Refuses to go on with a stream that would be shared out in another way: rows would come twice, or not at all."""
     folder = Path(recipe.resume).parent if isinstance(recipe.resume, str) else Path(str(recipe.training.output_dir))
@@ -218,8 +298,8 @@ def _check_shares(recipe: Recipe) -> None:
         )
 
 
-def _save_environment(recipe: Recipe, config: Phi3VConfig, train: int, held_out: int) -> None:
-    """Writes what the run ran on; versions are what a later surprise is compared with first."""
+def _save_environment(recipe: Recipe, config: Phi3VConfig, train: int, held_out: int) -> dict[str, Any]:
+    """Writes and returns what the run ran on; versions are what a later surprise is compared with first."""
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -246,13 +326,16 @@ def _save_environment(recipe: Recipe, config: Phi3VConfig, train: int, held_out:
     }
     folder = Path(str(recipe.training.output_dir))
     write_whole(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    return environment
 
 
-def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """`{"after": {"parsed": 1.0}}` → `{"after/parsed": 1.0}`, as trackers take it."""
+def _flat(metrics: dict[str, Any], prefix: str = "eval_") -> dict[str, float]:
+    """`{"after": {"parsed": 1.0}}` → `{"eval_after/parsed": 1.0}`; trackers show it as eval/after/parsed."""
     flat: dict[str, float] = {}
     for key, value in metrics.items():
-        if isinstance(value, dict):
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if isinstance(value, dict) and key not in ("confusion", "errors"):
             flat |= _flat(value, f"{prefix}{key}/")
         elif isinstance(value, int | float):
             flat[f"{prefix}{key}"] = value

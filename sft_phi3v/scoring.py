@@ -100,6 +100,54 @@ class Scorer:
             values[field] = one(np.arange(len(completions))[:, None])
         return values
 
+    def errors(self, completions: Sequence[Completion]) -> dict[str, np.ndarray]:
+        """
+        How wrong each row is, to find the worst.
+
+        Args:
+            completions (sequence of [`Completion`]): One per held-out row.
+
+        Returns:
+            `dict[str, np.ndarray]`: Per field, of each row a number from 0 (right) to 1: for categories whether it is
+            wrong, for numbers the absolute error as a share of the right one, for texts the share of characters to
+            edit.
+        """
+        return {
+            field: np.array([_error(self.kinds[field], *pair) for pair in zip(*columns, strict=True)], dtype=float)
+            for field, columns in self._columns(completions).items()
+        }
+
+    def worst(self, completions: Sequence[Completion], most: int = 20) -> dict[str, Any]:
+        """
+        Where a model goes wrong.
+
+        Args:
+            completions (sequence of [`Completion`]): One per held-out row.
+            most (`int`, *optional*, defaults to 20): How many rows of each field.
+
+        Returns:
+            `dict`: `worst`, per field the positions of its worst rows, the worst first, right ones left out;
+            `by_category`, per field that is a category, and per category, how many `rows` it has, and the share of them
+            in which all fields are `right`.
+        """
+        errors, columns = self.errors(completions), self._columns(completions)
+        worst = {}
+        for field, values in errors.items():
+            order = np.argsort(-values, kind="stable")[:most]
+            worst[field] = [int(index) for index in order if values[index] > 0]
+        right = np.all([*self.main_values(completions).values()], axis=0)
+        by_category: dict[str, Any] = {}
+        for field, (_, wanted) in columns.items():
+            if self.kinds[field] == "category":
+                held = {
+                    label: [one == label for one in wanted]
+                    for label in sorted({one for one in wanted if one is not None})
+                }
+                by_category[field] = {
+                    label: {"rows": sum(rows), "right": float(right[rows].mean())} for label, rows in held.items()
+                }
+        return {"worst": worst, "by_category": by_category}
+
     def _columns(self, completions: Sequence[Completion]) -> dict[str, tuple[list[str | None], list[str | None]]]:
         """Per field what was found and what was wanted."""
         found = [self.parse(completion.text) or {} for completion in completions]
@@ -200,6 +248,15 @@ def field_statistics(kind: str, found: Sequence[str | None], wanted: Sequence[st
         "token_f1": _mean_of([_f1((Counter(a) & Counter(b)).total(), a, b) for a, b in words]),
         "edit_similarity": _mean_of([_similarity(one, other) for one, other in pairs]),
     }
+
+
+def _error(kind: str, found: str | None, wanted: str | None) -> float:
+    if kind == "number":
+        given, right = number(found or ""), number(wanted or "")
+        if given is None or right is None:
+            return 1.0
+        return min(abs(given - right) / abs(right), 1.0) if right else float(given != 0)
+    return float(found != wanted) if kind == "category" else 1 - _similarity(found, wanted)
 
 
 def _similarity(one: str | None, other: str | None) -> float:

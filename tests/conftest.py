@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -241,9 +242,22 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@contextmanager
+def offline_wandb(mode="offline", log_model="end"):
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("WANDB_DIR", "WANDB_RUN_ID", "WANDB_PROJECT"):
+            patch.delenv(variable, raising=False)
+        patch.setenv("WANDB_DATA_DIR", "set")
+        patch.delenv("WANDB_DATA_DIR")  # put back afterwards, that is
+        patch.setenv("WANDB_MODE", mode)
+        patch.setenv("WANDB_LOG_MODEL", log_model)
+        patch.setenv("WANDB_API_KEY", "planted" * 6)
+        yield
+
+
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory, pictures_folder):
-    """Folder of a run that is over and has learned to answer: recipe.yaml, a 4-bit adapter, scores, examples."""
+    """Folder of a run that is over and has learned to answer: recipe, 4-bit adapter, scores, examples, W&B's log."""
     from sft_phi3v import run
 
     folder = tmp_path_factory.mktemp("trained") / "out"
@@ -257,12 +271,19 @@ def trained_run(tmp_path_factory, pictures_folder):
         "per_device_train_batch_size": 4,
         "learning_rate": 5e-3,
         "max_new_tokens": 24,
+        "eval_strategy": "steps",
+        "eval_steps": 12,
+        "logging_steps": 6,
+        "generation_rows": 2,
+        "report_to": ["wandb", "tensorboard"],
+        "hub_token": "hf_" + "planted" * 5,
     }
     path = folder.parent / "recipe.yaml"
     path.write_text(yaml.safe_dump(keys))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    run.main([str(path)])
+    with offline_wandb():
+        run.main([str(path)])
     torch.set_num_threads(before)
     scores = json.loads((folder / "metrics.json").read_text())["after"]
     assert (scores["parsed"], scores["stopped"]) == (1.0, 1.0)
@@ -275,8 +296,9 @@ def merged_run(trained_run, tmp_path_factory):
     from sft_phi3v import merge
 
     folder = tmp_path_factory.mktemp("merged") / "run"
-    shutil.copytree(trained_run, folder)
-    merge.main([str(folder / "recipe.yaml"), "--output_dir", str(folder)])
+    shutil.copytree(trained_run, folder, symlinks=True)
+    with offline_wandb():
+        merge.main([str(folder / "recipe.yaml"), "--output_dir", str(folder)])
     return folder
 
 

@@ -19,6 +19,7 @@ from sft_phi3v.recipe import (
     PrepareArguments,
     PublishArguments,
     Recipe,
+    ScoringArguments,
     TaskArguments,
     as_text,
     check_machine,
@@ -77,8 +78,10 @@ def test_our_own_keys_are_these():
     ours = [field.name for field in dataclasses.fields(TaskArguments)]
     assert ours == [
         *("prompt", "answer", "image_column", "num_crops", "held_out", "overlong", "adapt"),
-        *("eval_rows", "max_new_tokens", "generation_batch_size"),
+        *("eval_rows", "generation_rows", "max_new_tokens", "generation_batch_size"),
     ]
+    of_scoring = [field.name for field in dataclasses.fields(ScoringArguments)]
+    assert of_scoring == ["model", "split", "limit"]
     of_prepare = [field.name for field in dataclasses.fields(PrepareArguments)]
     assert of_prepare == [
         *("source", "source_image_column", "group_column", "stratify_column", "placeholders", "duplicates"),
@@ -90,7 +93,7 @@ def test_our_own_keys_are_these():
         *("adapter", "merge_base", "compare_bases", "merge_rows", "merge_tolerance"),
         *("what", "license", "language", "card_examples", "dry_run", "replace"),
     ]
-    ours += of_prepare + of_publishing
+    ours += of_prepare + of_scoring + of_publishing
     assert not TRL_KEYS & set(ours)
     assert all(f"--{key} " in help_text() for key in ours)
 

@@ -46,6 +46,7 @@ def test_a_run_trains_scores_and_leaves_everything_behind(write_recipe, tmp_path
     assert metrics["after_shuffled"].pop("moved") == 3
     for test in ("better_than_before", "better_than_shuffled"):
         assert metrics["after"].pop(test)["label"].keys() == {"difference", "p"}
+    assert metrics["after"].pop("errors").keys() == {"worst", "by_category"}
     assert "It does not look at the picture" in printed
     for name, scores in metrics.items():
         baseline = set() if name == "baseline" else {"length", "confusion"}
@@ -143,8 +144,9 @@ def conversations(folder, lengths):
 
 
 def trainer_for(recipe):
-    collator, train, held_out = preview.prepare(recipe)
-    return run.Trainer(
+    prepared = preview.prepare(recipe)
+    collator, train, held_out = prepared.collator, prepared.train, prepared.held_out
+    trainer = run.Trainer(
         model=load_model(recipe),
         args=recipe.training,
         train_dataset=to_examples(train, recipe),
@@ -152,6 +154,8 @@ def trainer_for(recipe):
         data_collator=collator,
         processing_class=collator.processor,
     )
+    trainer.watch(recipe, run.Evaluation(recipe, collator.processor, train, held_out), run.Tracking(recipe))
+    return trainer
 
 
 def test_eval_loss_is_a_mean_over_supervised_tokens_whatever_the_batch_size(write_recipe, tmp_path):
@@ -304,7 +308,7 @@ def test_the_masked_example_is_green_on_a_terminal(write_recipe, tiny_processor)
     recipe = load_recipe([write_recipe()])
     train, _ = load_splits(recipe)
     example = to_examples(train, recipe)[0]
-    shown = preview.masked_example(example, preview.Collator(tiny_processor), colour=True)
+    shown = preview.masked_example(preview.runs_of(example, preview.Collator(tiny_processor)), colour=True)
     assert f"{preview.GREEN}Colour: " in shown
     assert shown.count(preview.GREEN) == 1
     assert "<|image|>×313" in shown
