@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch $(if $(ACCELERATE),--config_file accelerate_configs/$(ACCELERATE).yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types prepare train preview evaluate merge push-hub tiny-base clean
+.PHONY: help setup demo test test-slow lint types prepare train preview evaluate report merge push-hub tiny-base clean
 
 help:  ## this menu
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ preview: setup  ## show what RECIPE would train on, and what is missing; no GPU 
 
 evaluate: setup  ## score the adapter that RECIPE trained
 	$(LAUNCH) sft_phi3v/evaluation.py $(RECIPE) $(ARGS)
+
+report: setup  ## one page on what RECIPE trained: output_dir/report.html
+	$(BIN)/python -m sft_phi3v.report $(RECIPE) $(ARGS)
 
 merge: setup  ## merge what RECIPE trained into one model, and prove it
 	$(BIN)/python -m sft_phi3v.merge $(RECIPE) $(ARGS)

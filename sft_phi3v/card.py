@@ -78,7 +78,7 @@ def render_card(
         examples=_examples(folder) if scored and recipe.publish.card_examples else [],
         merge=merge,
         merge_scores=_markdown(score_rows(merge["scores"])) if merge else "",
-        facts=_facts(recipe, folder, base),
+        facts=training_facts(recipe, folder, base),
     )
     return str(card)
 
@@ -153,8 +153,16 @@ def _quantisation(recipe: Recipe) -> str:
     return "8-bit" if recipe.model.load_in_8bit else f"{recipe.model.dtype}"
 
 
-def _facts(recipe: Recipe, folder: Path, base: str) -> list[tuple[str, str]]:
-    """What was run, how long, and on what."""
+def training_facts(recipe: Recipe, folder: Path, base: str) -> list[tuple[str, str]]:
+    """
+    Args:
+        recipe ([`Recipe`]): The recipe of the run.
+        folder (`Path`): What the run left.
+        base (`str`): What the base model is called.
+
+    Returns:
+        `list[tuple[str, str]]`: What was run, how long, and on what, each with its name; what is not known is left out.
+    """
     facts = [("base model", base)]
     environment, state = _read(folder, "environment.json"), _read(folder, "trainer_state.json")
     if revision := environment.get("base_revision"):

@@ -83,10 +83,12 @@ What happened, in {minutes:.1f} minutes on this CPU:
     after      {example["after"]["text"]}
 
 Where the files are: {output_dir}/
+  report.html                       all of this on one page, with the pictures
   metrics.json, completions.jsonl   the scores, and every answer behind them
   adapter_model.safetensors         what was learned; the processor lies beside it
   merged/                           the merged model, complete; merge_report.json says how it was checked
   recipe.yaml, environment.json     what exactly was run, and on what
+  wandb/                            what W&B would show; `wandb sync` uploads it
 
 What to type next:
   .venv/bin/python -m sft_phi3v.generate --model {output_dir}/merged PICTURE        # ask it about a picture
@@ -94,6 +96,8 @@ What to type next:
 And for the real model and a GPU:
   .venv/bin/python -m sft_phi3v.preview recipes/burberry.yaml            # what it needs, and what would be trained on
   .venv/bin/accelerate launch sft_phi3v/run.py recipes/burberry.yaml     # train it
+
+Now open this page in a browser: {Path(output_dir, "report.html").resolve().as_uri()}
 """
 
 
@@ -110,8 +114,8 @@ def run_demo() -> None:
     threads = min(4, os.cpu_count() or 1)  # the launcher's own default is one
     train = [str(Path(sys.executable).with_name("accelerate")), "launch"]
     train += ["--config_file", "accelerate_configs/single.yaml", "--num_cpu_threads_per_process", str(threads)]
-    merge = [sys.executable, "-m", "sft_phi3v.merge"]
-    for command in ([*train, "sft_phi3v/run.py", RECIPE], [*merge, RECIPE]):
+    verbs = [[sys.executable, "-m", f"sft_phi3v.{verb}", RECIPE] for verb in ("merge", "report")]
+    for command in ([*train, "sft_phi3v/run.py", RECIPE], *verbs):
         if status := subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode:
             raise SystemExit(status)
     report = json.loads((output_dir / "merged" / "merge_report.json").read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sft_phi3v.recipe import PrepareArguments, PublishArguments, TaskArguments, load_recipe
+from sft_phi3v.recipe import PrepareArguments, PublishArguments, ScoringArguments, TaskArguments, load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "sft_phi3v"
@@ -19,14 +19,15 @@ RECIPES = sorted(path.name for path in (REPOSITORY / "recipes").glob("*.yaml"))
 # Later layers may import earlier ones; modules of one layer do not know each other.
 LAYERS = [
     ["phi3_v"],
-    ["recipe", "catalogue", "fetch", "splitting", "vllm_plugin"],
+    ["recipe", "catalogue", "charts", "fetch", "splitting", "vllm_plugin"],
     ["data", "collator", "model", "pictures", "samples", "engine"],
     ["streaming", "checking"],
     ["deciding"],
     ["prepare", "preview", "scoring"],
     ["evaluation"],
-    ["merge", "card"],
-    ["hub", "generate"],
+    ["tracking"],
+    ["merge", "card", "gallery"],
+    ["hub", "report", "generate"],
     ["run"],
     ["demo", "tiny_base"],
 ]
@@ -113,7 +114,12 @@ def test_documents_link_to_files_that_exist():
 
 @pytest.mark.parametrize(
     ("document", "arguments"),
-    [("README.md", TaskArguments), ("docs/prepare.md", PrepareArguments), ("docs/publish.md", PublishArguments)],
+    [
+        ("README.md", TaskArguments),
+        ("docs/prepare.md", PrepareArguments),
+        ("docs/scores.md", ScoringArguments),
+        ("docs/publish.md", PublishArguments),
+    ],
 )
 def test_the_documents_explain_every_key_of_ours_with_its_default(document, arguments):
     text = (REPOSITORY / document).read_text(encoding="utf-8")
