@@ -5,6 +5,7 @@ page. No text of the rows stands in a chart, since no one font knows every lette
 """
 
 import io
+import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -146,7 +147,7 @@ def histogram(title: str, edges: Sequence[float], counts: Sequence[int], unit: s
     """
     Args:
         title (`str`): What is counted.
-        edges (sequence of `float`): Where the bars begin and end; one more than bars.
+        edges (sequence of `float`): Where the bars begin and end, between whole numbers; one more than bars.
         counts (sequence of `int`): How high they are.
         unit (`str`): Of what they are.
 
@@ -167,8 +168,8 @@ def histogram(title: str, edges: Sequence[float], counts: Sequence[int], unit: s
     most = max(range(len(counts)), key=lambda place: counts[place])
     return _chart(
         title,
-        f"{sum(counts):,} {unit}, from {edges[0]:,.0f} to {edges[-1]:,.0f}; the highest bar, {counts[most]:,}, "
-        f"from {edges[most]:,.0f} to {edges[most + 1]:,.0f}.",
+        f"{sum(counts):,} {unit}, from {math.ceil(edges[0]):,} to {math.floor(edges[-1]):,}; the highest bar, "
+        f"{counts[most]:,}, from {math.ceil(edges[most]):,} to {math.floor(edges[most + 1]):,}.",
         draw,
     )
 

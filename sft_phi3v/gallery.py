@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from sft_phi3v.data import ROW, load_splits, to_examples
-from sft_phi3v.evaluation import ORDER, answers
+from sft_phi3v.evaluation import ORDER, answers, thumbnail
 from sft_phi3v.model import first_line
-from sft_phi3v.phi3_v.image_processing_phi3_v import as_picture
 from sft_phi3v.recipe import Recipe
 from sft_phi3v.scoring import MAIN, Completion, Scorer
 from sft_phi3v.streaming import load_stream
@@ -135,13 +134,11 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 def _thumbnail(image: Any, most: int) -> str:
     """A small copy as a data URI, without what the file says besides; empty if it cannot be decoded."""
-    try:
-        picture = as_picture(image).convert("RGB")
-    except (OSError, ValueError):
-        return ""
-    picture.info.clear()
     for side, quality in SIZES:
-        picture.thumbnail((side, side))
+        try:
+            picture = thumbnail(image, side)
+        except (OSError, ValueError):
+            return ""
         picture.save(file := io.BytesIO(), "JPEG", quality=quality, optimize=True)
         if file.tell() <= most:
             break

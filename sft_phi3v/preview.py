@@ -152,8 +152,8 @@ def _overview(
     histograms = {}
     for name, found in values.items():
         if found:
-            width = -(-(max(found) - min(found) + 1) // BINS)  # whole numbers: bins of other widths hold more or fewer
-            counts, edges = np.histogram(found, bins=np.arange(min(found), max(found) + width + 1, width))
+            width = -(-(max(found) - min(found) + 1) // BINS)  # every bin holds as many whole numbers
+            counts, edges = np.histogram(found, bins=np.arange(min(found), max(found) + width + 1, width) - 0.5)
             histograms[name] = {"edges": edges.tolist(), "counts": counts.tolist()}
     return {
         "leakage": None if leaked is None else {"pictures": len(leaked), "rows": leaked},

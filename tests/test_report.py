@@ -1,3 +1,5 @@
+"""The page: every number is that of metrics.json, hostile text stays text, and a real browser finds no fault."""
+
 import base64
 import io
 import json
@@ -12,10 +14,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from sft_phi3v import hub, report, scoring
+from sft_phi3v import hub, report, run, scoring
 from sft_phi3v.charts import curve, histogram
+from sft_phi3v.collator import IGNORED, Collator
 from sft_phi3v.data import Template
 from sft_phi3v.gallery import MOST_ROWS
+from sft_phi3v.recipe import load_recipe
 from sft_phi3v.report import mask_faults
 from sft_phi3v.scoring import Completion, Scorer, better
 
@@ -636,3 +640,27 @@ def test_charts_say_in_words_what_they_show():
     assert re.findall(r'(?:src|href)="(?!#)[^"]*"', chart.svg) == []
     assert histogram("Tokens", [312.5, 313.5], [10], "rows").text == "313 in each of 10 rows."
     assert "the highest bar, 5, from 200 to 400" in histogram("Tokens", [0, 200, 400], [3, 5], "rows").text
+
+
+def test_a_collator_that_supervises_the_prompt_trains_a_worse_model_and_the_page_shows_why(
+    trained_run, tmp_path, monkeypatch
+):
+    right = Collator.__call__
+
+    def wrong(self, examples):
+        batch = right(self, examples)
+        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)}
+
+    out = tmp_path / "out"
+    argv = [str(trained_run / "recipe.yaml"), "--output_dir", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Collator, "__call__", wrong)
+        run.main([*argv, "--report_to", "none", "--eval_strategy", "no"])
+    own, broken = (json.loads((folder / "metrics.json").read_text()) for folder in (trained_run, out))
+    assert (
+        own["after"]["fields"]["label"]["edit_similarity"] > broken["after"]["fields"]["label"]["edit_similarity"] + 0.2
+    )
+    assert own["after"]["parsed"] == 1.0 > broken["after"]["parsed"]
+    header = text_of(out, argv).split("</header>")[0]
+    assert "The mask is wrong: &lt;|user|&gt; is supervised" in header and "a picture is supervised" in header
+    assert "The mask is wrong" not in report.render(load_recipe(argv[:1]), trained_run)
