@@ -12,6 +12,7 @@ import resource
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,6 +167,8 @@ class Tracking(TrainerCallback):
     def __init__(self, recipe: Recipe):
         self.recipe = recipe.public()
         self.environment: dict[str, Any] = {}
+        self._over = False
+        self._end: Callable[[], None] = lambda: None
         folder = Path(str(recipe.training.output_dir))
         self.trackers: list[TrainerCallback] = []
         try:
@@ -177,7 +180,10 @@ class Tracking(TrainerCallback):
     def on_event(
         self, event: str, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Passes an event of training on."""
+        """Passes an event of training on; its end only when the scores are logged as well ([`Tracking.finish`])."""
+        if event == "on_train_end" and not self._over:
+            self._end = partial(self.on_event, event, args, state, control, **kwargs)
+            return
         environment = {key: value for key, value in self.environment.items() if key != "local_paths"}
         config = self.recipe | {"environment": environment}
         public = copy.copy(args)
@@ -235,7 +241,9 @@ class Tracking(TrainerCallback):
         self._each_wandb(logged)
 
     def finish(self) -> None:
-        """Ends W&B's run, so that all of it is written."""
+        """Says that training is over, and ends W&B's run, so that all of it is written."""
+        self._over = True
+        self._end()
         self._each_wandb(lambda wandb: wandb.close())
 
     def _each_wandb(self, act: Callable[[WandB], Any]) -> None:

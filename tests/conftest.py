@@ -198,6 +198,7 @@ RECIPE = {
     "learning_rate": 1e-3,
     "max_new_tokens": 6,
     "eval_rows": 3,
+    "generation_rows": 2,
     "use_cpu": True,
     "bf16": False,
     "report_to": "none",
@@ -274,7 +275,6 @@ def trained_run(tmp_path_factory, pictures_folder):
         "eval_strategy": "steps",
         "eval_steps": 12,
         "logging_steps": 6,
-        "generation_rows": 2,
         "report_to": ["wandb", "tensorboard"],
         "hub_token": "hf_" + "planted" * 5,
     }

@@ -356,7 +356,7 @@ def test_a_model_whose_vision_tower_is_zeroed_is_called_out(merged_run, tmp_path
     }
     save_file(weights, path, metadata={"format": "pt"})
     arguments = [str(merged_run / "recipe.yaml"), "--output_dir", str(tmp_path / "out"), "--split", "train"]
-    arguments += ["--limit", "30"]
+    arguments += ["--limit", "24", "--generation_batch_size", "24"]
     for model, expected in (
         (merged_run / "merged", "It uses the picture: label is right in"),
         (blind, "It does not look"),

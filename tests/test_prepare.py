@@ -339,7 +339,8 @@ prepare.main([sys.argv[1], "--engine", "ray", *sys.argv[3:]])
 """
 
 
-@pytest.mark.parametrize("killed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["two", "one is killed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True], ids=["two", "one is killed"])
 def test_a_cluster_of_two_workers_makes_the_same_data_set(server, tmp_path, write_prepare, killed):
     pytest.importorskip("ray", reason="pip install -c constraints.txt -e .[cluster]")
     write_table(tmp_path / "shop.csv", server, good=600)

@@ -212,7 +212,7 @@ def test_a_tracker_that_fails_is_said_once_and_training_goes_on(broken, write_re
 
     with offline_wandb(), monkeypatch.context() as patch:
         patch.setattr(wandb if broken == "init" else wandb.Run, broken, fails)
-        run.main([write_recipe(report_to="wandb", logging_steps=1, eval_strategy="steps", eval_steps=2)])
+        run.main([write_recipe(report_to="wandb", logging_steps=1, max_steps=2, eval_rows=1)])
     printed = capsys.readouterr().out
     assert printed.count("tracking: WandB failed and is left out from here on: the server said: 503") == 1
     assert "after" in json.loads((tmp_path / "out" / "metrics.json").read_text())
