@@ -39,14 +39,18 @@ def main() -> None:
         seconds = []
         for _ in range(options.repeat):
             start = time.perf_counter()
-            found = generate(
-                model,
-                processor,
-                examples,
-                max_new_tokens=recipe.task.max_new_tokens,
-                batch_size=size,
-                progress=False,
-            )
+            # One by one: each row is read, answered and only then followed by the next.
+            parts = [examples.select([index]) for index in range(len(examples))] if size == 1 else [examples]
+            found = []
+            for part in parts:
+                found += generate(
+                    model,
+                    processor,
+                    part,
+                    max_new_tokens=recipe.task.max_new_tokens,
+                    batch_size=size,
+                    progress=False,
+                )
             seconds.append(time.perf_counter() - start)
         first = first or (statistics.median(seconds), found)
         same = sum(one == other for one, other in zip(first[1], found, strict=True))

@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -30,6 +31,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from peft import PeftModel
 from tqdm import tqdm
+from transformers import BatchFeature
 
 from sft_phi3v.collator import Collator
 from sft_phi3v.data import ROW, Template, to_examples
@@ -92,16 +94,20 @@ def generate(
     model.eval()
     found: list[tuple[int, Completion]] = []
     quiet = not (progress and state.is_main_process)
-    with torch.no_grad(), tqdm(total=len(lengths), initial=len(finished), desc=description, disable=quiet) as bar:
-        left = batches[state.process_index :: state.num_processes]
+    bar = tqdm(total=len(lengths), initial=len(finished), desc=description, disable=quiet)
+    with torch.no_grad(), bar, ThreadPoolExecutor(1) as ahead:
+        left, ready = batches[state.process_index :: state.num_processes], None
         while left:
             batch = left.pop(0)
+            some, inputs = (ready or ahead.submit(_read, processor, examples, batch)).result()
+            # The next batch's pictures are cut while this one's answers are written.
+            ready = ahead.submit(_read, processor, examples, left[0]) if left else None
             try:
-                completions = _generate_batch(model, processor, [examples[index] for index in batch], max_new_tokens)
+                completions = _generate_batch(model, processor, some, inputs.to(model.device), max_new_tokens)
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-                left = _halved([batch, *left], error)
+                left, ready = _halved([batch, *left], error), None
                 clear_device_cache(garbage_collection=True)
                 continue
             found += zip(batch, completions, strict=True)
@@ -162,38 +168,44 @@ def _halved(batches: list[list[int]], error: RuntimeError) -> list[list[int]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _generate_batch(
-    model: Phi3VForCausalLM | PeftModel, processor: Phi3VProcessor, examples: list[dict[str, Any]], max_new_tokens: int
-) -> list[Completion]:
-    prompts, references = zip(*(_split_turns(example) for example in examples), strict=True)
+def _read(
+    processor: Phi3VProcessor, examples: Sequence[dict[str, Any]] | Dataset, batch: Sequence[int]
+) -> tuple[list[dict[str, Any]], BatchFeature]:
+    """Some of the examples, and what the model reads of them: all before the last assistant turn."""
+    some = [examples[index] for index in batch]
     try:
         inputs = processor.apply_chat_template(
-            list(prompts),
+            [with_pictures(example["messages"][:-1], example["images"]) for example in some],
             tokenize=True,
             add_generation_prompt=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to(model.device)
+        )
     except (OSError, ValueError) as error:
-        raise ValueError(f"Rows {[example['row'] for example in examples]} cannot be read: {error}") from error
+        raise ValueError(f"Rows {[example['row'] for example in some]} cannot be read: {error}") from error
+    return some, inputs
+
+
+def _generate_batch(
+    model: Phi3VForCausalLM | PeftModel,
+    processor: Phi3VProcessor,
+    examples: list[dict[str, Any]],
+    inputs: BatchFeature,
+    max_new_tokens: int,
+) -> list[Completion]:
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True)
     stops = model.generation_config.eos_token_id
     stops = {stops} if isinstance(stops, int) else set(stops)
     new_ids = ids[:, inputs["input_ids"].shape[1] :].tolist()
     completions = []
-    for example, reference, new in zip(examples, references, new_ids, strict=True):
+    for example, new in zip(examples, new_ids, strict=True):
         end = next((position for position, token in enumerate(new) if token in stops), None)
         # Special tokens stay: an answer that opens a new turn in its middle is not the answer without it.
         text = processor.tokenizer.decode(new[:end]).strip()
+        reference = _text_of(example["messages"][-1])
         completions.append(Completion(example["row"], reference, text, stopped=end is not None))
     return completions
-
-
-def _split_turns(example: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """The messages before the last assistant turn, with the pictures in them, and that turn's text."""
-    *before, last = example["messages"]
-    return with_pictures(before, example["images"]), _text_of(last)
 
 
 def with_pictures(messages: Sequence[dict[str, Any]], images: Sequence[Any]) -> list[dict[str, Any]]:
