@@ -36,7 +36,7 @@ prepare: setup  ## fetch and check the pictures of RECIPE's source, and write it
 preview: setup  ## show what RECIPE would train on, and what is missing; no GPU needed
 	$(BIN)/python -m sft_phi3v.preview $(RECIPE) $(ARGS)
 
-evaluate: setup  ## score the adapter that RECIPE trained
+evaluate: setup  ## score what RECIPE trained, or any model: ARGS=--model=NAME
 	$(LAUNCH) sft_phi3v/evaluation.py $(RECIPE) $(ARGS)
 
 report: setup  ## one page on what RECIPE trained: output_dir/report.html

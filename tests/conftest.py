@@ -193,7 +193,7 @@ RECIPE = {
     "use_peft": True,
     "lora_r": 8,
     "answer": "Colour: {label}.",
-    "max_steps": 4,
+    "max_steps": 2,
     "per_device_train_batch_size": 2,
     "learning_rate": 1e-3,
     "max_new_tokens": 6,

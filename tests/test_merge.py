@@ -149,7 +149,7 @@ def test_every_way_to_train_merges(changes, write_recipe, tmp_path, capsys):
 
 
 def test_a_checkpoint_can_be_merged_instead(write_recipe, tmp_path):
-    path = write_recipe(save_steps=2, eval_rows=1)
+    path = write_recipe(save_steps=2, max_steps=4, eval_rows=1)
     run.main([path])
     merge.main([path, "--adapter", str(tmp_path / "out" / "checkpoint-2")])
     halfway = load_file(tmp_path / "out" / "merged" / "model.safetensors")

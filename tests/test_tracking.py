@@ -228,7 +228,7 @@ def test_a_tracker_that_is_not_there_is_an_error_before_anything_is_loaded(write
 
 def test_a_resumed_run_goes_on_as_the_same_wandb_run(write_recipe, tmp_path):
     with offline_wandb(log_model="checkpoint"):
-        path = write_recipe(report_to="wandb", save_strategy="steps", save_steps=2, logging_steps=1)
+        path = write_recipe(report_to="wandb", max_steps=4, save_strategy="steps", save_steps=2, logging_steps=1)
         run.main([path, "--max_steps", "2"])
         run.main([path, "--resume_from_checkpoint", "true"])
     first, second = ([*records(log)] for log in logs_of(tmp_path / "out"))
