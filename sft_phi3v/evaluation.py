@@ -35,10 +35,19 @@ from transformers import BatchFeature
 
 from sft_phi3v.collator import Collator
 from sft_phi3v.data import ROW, Template, to_examples
-from sft_phi3v.model import base_commit, load_model, load_named, load_trained, on_device, run_file
+from sft_phi3v.model import (
+    base_commit,
+    find_model,
+    load_model,
+    load_named,
+    load_trained,
+    on_device,
+    run_file,
+    same_model,
+)
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.phi3_v.image_processing_phi3_v import as_picture
-from sft_phi3v.preview import prepare, print_once
+from sft_phi3v.preview import Prepared, prepare, print_once
 from sft_phi3v.recipe import RESUMABLE, Recipe, as_text, check_machine, differences, load_recipe, public_keys
 from sft_phi3v.scoring import Completion, Scorer, better
 from sft_phi3v.streaming import Stream
@@ -562,7 +571,7 @@ def verdict(metrics: dict[str, Any]) -> str:
     field = max(seen, key=lambda name: seen[name]["difference"])
     name = "within_10pct" if "within_10pct" in after["fields"][field] else "exact"
     shares = [scores["fields"][field][name] for scores in (after, shuffled, metrics["baseline"])]
-    own, others, guess = (f"{share:.0%}" for share in shares)
+    own, others, guess = ("–" if share is None else f"{share:.0%}" for share in shares)
     return (
         f"{first} It uses the picture: {field} is right in {own} of the rows, with other rows' pictures in {others} "
         f"(always the commonest: {guess})."
@@ -575,7 +584,11 @@ def _listed(names: Sequence[str]) -> str:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file. Not by `splitlines`, to which characters within a text end a line too."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        return [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Score again: make evaluate.") from error
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -601,32 +614,40 @@ def evaluate(recipe: Recipe) -> Evaluation:
             split.
     """
     check_machine(recipe)
-    scoring = recipe.scoring
+    scoring, base_name = recipe.scoring, str(recipe.model.model_name_or_path)
     folder = None if scoring.model else trained_folder(recipe)
-    prepared = prepare(_with_split(recipe))
+    if scoring.model:
+        find_model(scoring.model)
+    prepared, learned = _prepare(recipe), scoring.split == recipe.script.dataset_train_split
     held_out = prepared.held_out
-    if scoring.split == recipe.script.dataset_train_split:
+    if learned:
         if isinstance(prepared.train, Stream):
             raise ValueError(f"`split: {scoring.split}` with `dataset_streaming: true`: add --dataset_streaming false.")
         held_out = prepared.train
     if scoring.limit is not None:
         recipe = replace(recipe, task=replace(recipe.task, eval_rows=scoring.limit))
     evaluation = Evaluation(recipe, prepared.collator.processor, prepared.train, held_out)
+    overview = of_scored(prepared.overview, evaluation.rows, learned=learned)
     if asked := [str(value) for value in (scoring.model, scoring.split, scoring.limit) if value is not None]:
-        evaluation.folder /= "scores/" + re.sub(r"[^\w.-]+", "-", "_".join(asked)).strip("-.")
-    if scoring.model != recipe.model.model_name_or_path:
+        name = re.sub(r"[^\w.-]+", "-", "_".join(asked)).strip("-.")
+        evaluation.folder /= f"scores/{name}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]}"
+        if PartialState().is_main_process:
+            evaluation.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(evaluation.folder / "data.json", json.dumps(overview, indent=2) + "\n")
+    if learned:
+        print_once("leakage: these rows are the ones to train on: their scores say what was learned by heart.\n")
+    if not scoring.model or not same_model(scoring.model, base_name):
         base = on_device(load_model(recipe))
-        evaluation.run("before", base, weights={"base": str(base_commit(base.config))})
+        evaluation.run("before", base, weights=identity(base_name, base))
         del base
-    subject, weights = "after", trained_hashes(folder) if folder else {"model": str(scoring.model)}
+    subject: str
     model: PeftModel | Phi3VForCausalLM
     if folder:
-        model = load_trained(recipe, folder)
+        subject, model, weights = "after", load_trained(recipe, folder), trained_hashes(folder)
     else:
         subject = "model"
         model, evaluation.processor = load_named(recipe, str(scoring.model))
-        if Path(str(scoring.model)).is_dir():
-            weights = trained_hashes(Path(str(scoring.model)))
+        weights = identity(str(scoring.model), model)
     for name in (subject, f"{subject}_shuffled", f"{subject}_blank"):
         evaluation.run(name, model, weights=weights)
     evaluation.compare(subject)
@@ -634,13 +655,39 @@ def evaluate(recipe: Recipe) -> Evaluation:
     return evaluation
 
 
-def _with_split(recipe: Recipe) -> Recipe:
-    """The recipe with `split` for its test split, unless that is the train split."""
+def _prepare(recipe: Recipe) -> Prepared:
+    """As [`~sft_phi3v.preview.prepare`], with `split` for the test split, unless that is the train split."""
     split = recipe.scoring.split
     if split in (None, recipe.script.dataset_train_split):
-        return recipe
+        return prepare(recipe)
     script = replace(recipe.script, dataset_test_split=split)
-    return replace(recipe, script=script, settings=recipe.settings | {"dataset_test_split": split})
+    try:
+        return prepare(replace(recipe, script=script, settings=recipe.settings | {"dataset_test_split": split}))
+    except ValueError as error:
+        raise ValueError(str(error).replace("`dataset_test_split`", "`split`")) from error
+
+
+def of_scored(overview: dict[str, Any], rows: Sequence[Any], *, learned: bool = False) -> dict[str, Any]:
+    """What is to be known of the data, with the `leakage` of the scored rows; all of them, if they are learned."""
+    leakage = overview["leakage"]
+    if learned or leakage is not None:
+        leaked = [*rows] if learned else [row for row in leakage["rows"] if row in {*rows}]
+        leakage = {"pictures": len(leaked), "rows": leaked}
+    return overview | {"leakage": leakage}
+
+
+def identity(name: str, model: Phi3VForCausalLM | PeftModel) -> dict[str, str]:
+    """What says which weights a model has that was not trained here: its files' sizes and times, or its commit."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return {name: str(base_commit(model.config))}
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.yaml")])
+    return {path.name: f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in files}
+
+
+def short_row(row: Any) -> str:
+    """A row's name without the path of its data set, which stands before its number in a mixture."""
+    return str(row).rsplit("/", 1)[-1]
 
 
 def file_hashes(folder: Path, *patterns: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sft_phi3v.data import ROW, load_splits, to_examples
-from sft_phi3v.evaluation import ORDER, answers, thumbnail
+from sft_phi3v.evaluation import ORDER, answers, short_row, thumbnail
 from sft_phi3v.model import first_line
 from sft_phi3v.recipe import Recipe
 from sft_phi3v.scoring import MAIN, Completion, Scorer
@@ -38,7 +38,8 @@ class Gallery:
 
     def __init__(self, recipe: Recipe, lines: Sequence[dict[str, Any]]):
         self.recipe, self.lines = recipe, lines
-        there = [name for name in (lines[0] if lines else {}) if name not in ("row", "reference")]
+        there = [name for name in (lines[0] if lines else {}) if all(name in line for line in lines)]
+        there = [name for name in there if name not in ("row", "reference")]
         self.names = sorted(there, key=lambda name: (name not in SUBJECTS, (*ORDER, name).index(name)))
         self.scorer = Scorer(recipe.task.answer, [line["reference"] for line in lines])
         self.fields, self.kinds = self.scorer.fields, self.scorer.kinds
@@ -80,10 +81,13 @@ class Gallery:
 
     def cards(self) -> list[dict[str, Any]]:
         """What the page shows of each row."""
-        examples = self._examples()
+        examples, places = self._examples()
         cards = []
         for index in self.order:
-            line, example = self.lines[index], examples.get(index)
+            line = self.lines[index]
+            place = places.get((line["row"], line["reference"]))
+            example = examples[place] if place is not None else None  # one row's pictures in memory at a time
+            self.without_pictures += example is None
             cards.append(
                 {
                     "row": short_row(line["row"]),
@@ -95,7 +99,6 @@ class Gallery:
                     "more": max(0, len(example["images"]) - MOST_PICTURES) if example else 0,
                 }
             )
-        self.without_pictures = len(self.order) - len(examples)
         asked = [card["turns"] for card in cards if card["turns"]]
         if asked and all(turns == asked[0] for turns in asked) and len(asked[0]) == 1:
             self.prompt = asked[0][0][1]
@@ -109,19 +112,17 @@ class Gallery:
         right = [bool(self.right[name][field][index]) for field in self.fields]
         return {"name": name, **found, "fields": self.scorer.parse(found["text"]), "right": right}
 
-    def _examples(self) -> dict[int, dict[str, Any]]:
-        """The rows' examples as far as the data set still holds them with the same answer, by line."""
+    def _examples(self) -> tuple[Sequence[dict[str, Any]], dict[tuple[Any, str], int]]:
+        """The held-out rows as far as they can still be read, and where the one of a row and answer stands."""
         if not self.order:
-            return {}
+            return [], {}
         try:
             _, rows = (load_stream if self.recipe.script.dataset_streaming else load_splits)(self.recipe)
-            places = {key: place for place, key in enumerate(zip(rows[ROW], answers(rows, self.recipe), strict=True))}
-            examples = to_examples(rows, self.recipe)
-            wanted = {index: (self.lines[index]["row"], self.lines[index]["reference"]) for index in self.order}
-            return {index: examples[places[key]] for index, key in wanted.items() if key in places}
+            keys = zip(rows[ROW], answers(rows, self.recipe), strict=True)
+            return to_examples(rows, self.recipe), {key: place for place, key in enumerate(keys)}
         except (ValueError, OSError) as error:
             print(f"report: without pictures: {first_line(error)}", flush=True)
-            return {}
+            return [], {}
 
     def _pictures(self, images: Sequence[Any]) -> list[str]:
         shown = images[:MOST_PICTURES]
@@ -143,8 +144,3 @@ def _thumbnail(image: Any, most: int) -> str:
         if file.tell() <= most:
             break
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def short_row(row: Any) -> str:
-    """A row's name without the path of its data set, which stands before its number in a mixture."""
-    return str(row).rsplit("/", 1)[-1]

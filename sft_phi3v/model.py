@@ -166,15 +166,10 @@ def load_named(recipe: Recipe, name: str) -> tuple[PeftModel | Phi3VForCausalLM,
     Raises:
         ValueError: If there is no such model.
     """
-    adapter = model_file(name, "adapter_config.json", key="model")
-    if adapter is None and model_file(name, "config.json", key="model") is None:
-        raise ValueError(
-            f"`model` is {name!r}, which holds neither adapter_config.json nor config.json. Expected a folder that "
-            "training or merging wrote, or a Hub id (and a network, or the model in the local cache)."
-        )
+    adapter = find_model(name)
     source = name if model_file(name, "tokenizer.json", key="model") else str(recipe.model.model_name_or_path)
     processor = Phi3VProcessor.from_pretrained(source, num_crops=recipe.task.num_crops)
-    if name == recipe.model.model_name_or_path:
+    if same_model(name, str(recipe.model.model_name_or_path)):
         return on_device(load_model(recipe)).eval(), processor
     if adapter is None:
         other = replace(recipe.model, model_name_or_path=name, model_revision="main")
@@ -194,6 +189,22 @@ def load_named(recipe: Recipe, name: str) -> tuple[PeftModel | Phi3VForCausalLM,
     return PeftModel.from_pretrained(base, name).eval(), processor
 
 
+def find_model(name: str) -> Path | None:
+    """The `adapter_config.json` of what `model` names, `None` for a whole model; a `ValueError` if there is none."""
+    adapter = model_file(name, "adapter_config.json", key="model")
+    if adapter is None and model_file(name, "config.json", key="model") is None:
+        raise ValueError(
+            f"`model` is {name!r}, which holds neither adapter_config.json nor config.json. Expected a folder that "
+            "training or merging wrote, or a Hub id (and a network, or the model in the local cache)."
+        )
+    return adapter
+
+
+def same_model(name: str, other: str) -> bool:
+    """Whether two names, of folders or on the Hub, are of one model."""
+    return name == other or (Path(name).is_dir() and Path(other).is_dir() and Path(name).samefile(other))
+
+
 def run_file(folder: Path, name: str) -> Path:
     """A file of the run that a folder belongs to; a checkpoint's lies one folder up."""
     return folder.parent / name if folder.name.startswith("checkpoint-") else folder / name
@@ -207,6 +218,8 @@ def model_file(name: str, file: str, *, key: str) -> Path | None:
     if Path(name).is_dir():
         found = [path for path in (Path(name, file), run_file(Path(name), file)) if path.is_file()]
         return found[0] if found else None
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ValueError(f"{key}: there is no folder {name!r}.")
     quiet = ("gated_repo", "missing_entries", "connection_errors")
     try:
         cached = cached_file(name, file, **{f"_raise_exceptions_for_{what}": False for what in quiet})

@@ -191,10 +191,12 @@ def prepare(recipe: Recipe) -> Prepared:
     else:
         train, held_out = load_splits(recipe)
     collator = _collator(recipe)
-    known = frozenset[bytes]().union(*check_rows(train, recipe))
-    seen = [row for row, digests in zip(held_out[ROW], check_rows(held_out, recipe), strict=True) if digests & known]
+    digests = dict(zip(train[ROW], check_rows(train, recipe), strict=True))
+    others = dict(zip(held_out[ROW], check_rows(held_out, recipe), strict=True))
     train, lengths = fitting(train, recipe, collator)
     held_out, _ = fitting(held_out, recipe, collator)
+    known = frozenset[bytes]().union(*(digests[row] for row in train[ROW]))
+    seen = [row for row in held_out[ROW] if others[row] & known]
     total = len(train) if stream is None else len(stream)
     print_once(f"\n{data_table(lengths, total, len(held_out))}\n")
     if stream is None and seen:

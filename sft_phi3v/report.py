@@ -24,12 +24,13 @@ from sft_phi3v.evaluation import (
     public_recipe,
     read_lines,
     score_rows,
+    short_row,
     trained_hashes,
     trained_keys,
     verdict,
     write_whole,
 )
-from sft_phi3v.gallery import MOST_CHARACTERS, SUBJECTS, Gallery, short_row
+from sft_phi3v.gallery import MOST_CHARACTERS, SUBJECTS, Gallery
 from sft_phi3v.merge import REPORT
 from sft_phi3v.recipe import Recipe, differences, load_recipe
 from sft_phi3v.scoring import MAIN
@@ -171,7 +172,10 @@ def render(recipe: Recipe, folder: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Score again: make evaluate.") from error
 
 
 def _row_counts(data: Mapping[str, Any], environment: Mapping[str, Any]) -> list[tuple[str, str]]:

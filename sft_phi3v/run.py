@@ -26,7 +26,7 @@ from trl import SFTTrainer
 
 from sft_phi3v.card import render_card
 from sft_phi3v.data import to_examples
-from sft_phi3v.evaluation import Evaluation, public_recipe, trained_hashes, write_whole
+from sft_phi3v.evaluation import Evaluation, identity, of_scored, public_recipe, trained_hashes, write_whole
 from sft_phi3v.hub import check_before_training, check_for_leaks, trained_files
 from sft_phi3v.model import base_commit, first_line, landing_table, load_model, lora_config
 from sft_phi3v.phi3_v import Phi3VConfig
@@ -88,7 +88,8 @@ def set_up(recipe: Recipe) -> tuple["Trainer", Evaluation]:
     if trainer.is_world_process_zero():
         recipe.save(str(recipe.training.output_dir))
         tracking.environment = _save_environment(recipe, trainer.model.config, len(train_rows), len(held_out_rows))
-        write_whole(Path(str(recipe.training.output_dir), "data.json"), json.dumps(prepared.overview, indent=2) + "\n")
+        overview = of_scored(prepared.overview, evaluation.rows)
+        write_whole(evaluation.folder / "data.json", json.dumps(overview, indent=2) + "\n")
     return trainer, evaluation
 
 
@@ -101,8 +102,9 @@ def train(recipe: Recipe, trainer: "Trainer", evaluation: Evaluation) -> None:
         trainer ([`Trainer`]): From [`set_up`].
         evaluation ([`Evaluation`]): From [`set_up`]; its scores end in `output_dir`, beside adapter and processor.
     """
+    base = str(recipe.model.model_name_or_path)
     if not (recipe.resume and evaluation.resume()):
-        evaluation.run("before", trainer.model, weights={"base": str(base_commit(trainer.model.config))})
+        evaluation.run("before", trainer.model, weights=identity(base, trainer.model))
         evaluation.write()
         trainer.show("before", evaluation.completions["before"])
     trainer.train(resume_from_checkpoint=recipe.resume)
@@ -272,6 +274,9 @@ def _check_best_metric(recipe: Recipe, evaluation: Evaluation) -> None:
     if given is None:
         return
     name = given if given.startswith("eval_") else f"eval_{given}"
+    greater = recipe.training.greater_is_better
+    if greater == (name == "eval_loss"):
+        raise ValueError(f"`metric_for_best_model: {given}` with `greater_is_better: {greater}` would keep the worst.")
     if name in ("eval_loss", "eval_mean_token_accuracy"):
         return
     names = evaluation.sampled_scores() if recipe.task.generation_rows else []
@@ -280,8 +285,6 @@ def _check_best_metric(recipe: Recipe, evaluation: Evaluation) -> None:
             f"`metric_for_best_model` is {given!r}, expected one of eval_loss, eval_mean_token_accuracy"
             + (f", {', '.join(names)}." if names else "; with `generation_rows` above 0 also scores of generation.")
         )
-    if not recipe.training.greater_is_better:
-        raise ValueError(f"`metric_for_best_model: {given}` with `greater_is_better: false` would keep the worst.")
 
 
 def _check_shares(recipe: Recipe) -> None:

@@ -25,7 +25,7 @@ from transformers.integrations.integration_utils import WandbLogModel, get_repor
 from trl import SFTConfig
 
 from sft_phi3v.collator import IGNORED
-from sft_phi3v.evaluation import Evaluation, thumbnail, write_whole
+from sft_phi3v.evaluation import Evaluation, short_row, thumbnail, write_whole
 from sft_phi3v.model import first_line
 from sft_phi3v.recipe import Recipe
 from sft_phi3v.scoring import Completion
@@ -220,7 +220,7 @@ class Tracking(TrainerCallback):
             values = [float(of[field][place]) for field in scorer.fields for of in (scores, errors)]
             picture = thumbnail(images[0]) if images else None
             texts = [completion.reference, completion.text, completion.stopped]
-            rows.append([label, step, str(completion.row), picture, *texts, *values])
+            rows.append([label, step, short_row(completion.row), picture, *texts, *values])
         self._each_wandb(lambda wandb: wandb.table(columns, rows, step))
 
     def log_model(self, kind: str, files: Callable[[], Mapping[str, Path | bytes]], when: str, alias: str) -> None:
@@ -273,8 +273,8 @@ for _event in EVENTS:
 def log_merged(recipe: Recipe, folder: Path) -> None:
     """Logs a merged model to the run that trained it, if the recipe reports to W&B and `WANDB_LOG_MODEL` wants it."""
     record = Path(str(recipe.training.output_dir), RUN_IDS)
-    if "wandb" not in recipe.training.report_to or not record.is_file():
-        return
+    if "wandb" not in recipe.training.report_to or not record.is_file() or recipe.publish.adapter:
+        return  # what `adapter` names need not be of that run
     try:
         wandb = WandB(record.parent, resumed=True)
         if wandb.wanted.is_enabled:

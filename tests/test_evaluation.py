@@ -287,7 +287,10 @@ def test_any_model_can_be_scored_on_any_split(what, merged_run, tmp_path, capsys
     arguments = [str(merged_run / "recipe.yaml"), "--output_dir", str(out), "--model", model, "--split", "train"]
     evaluation.main([*arguments, "--limit", "4"])
     [folder] = (out / "scores").iterdir()
-    assert not (out / "metrics.json").exists() and str(folder) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert not (out / "metrics.json").exists() and str(folder) in printed
+    assert "leakage: these rows are the ones to train on" in printed
+    assert json.loads((folder / "data.json").read_text())["leakage"]["pictures"] == 4
     metrics = json.loads((folder / "metrics.json").read_text())
     names = ["baseline", "before", "model", "model_shuffled", "model_blank"]
     assert [*metrics] == (names if what != "base" else [name for name in names if name != "before"])
@@ -307,7 +310,8 @@ def test_a_model_or_a_split_that_is_not_there_is_named(merged_run, tmp_path):
     recipe = str(merged_run / "recipe.yaml")
     for arguments, expected in (
         (["--model", str(tmp_path)], "holds neither adapter_config.json nor config.json"),
-        (["--split", "validation"], "`dataset_test_split` is 'validation'; .* has the splits train"),
+        (["--model", str(tmp_path / "nowhere")], "there is no folder"),
+        (["--split", "validation"], "`split` is 'validation'; .* has the splits train"),
         (["--limit", "0"], "`limit` is 0, expected 1 or more"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{expected}"):

@@ -447,3 +447,38 @@ def test_rows_of_several_data_sets_with_odd_text_end_in_a_card(write_recipe, pic
     assert len(list((out / "examples").glob("*.jpg"))) == 3
     assert text.count("![](examples/") == 3
     assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"metric_for_best_model": "label_rouge"}, "expected one of eval_loss, .*eval_label_exact"),
+        ({"metric_for_best_model": "label_exact", "generation_rows": 0}, "with `generation_rows` above 0"),
+        ({"metric_for_best_model": "label_exact", "greater_is_better": False}, "would keep the worst"),
+        ({"metric_for_best_model": "loss", "greater_is_better": True}, "would keep the worst"),
+    ],
+)
+def test_a_metric_that_cannot_choose_the_best_model_is_refused_before_it_is_loaded(
+    keys, expected, write_recipe, monkeypatch
+):
+    monkeypatch.setattr(run, "load_model", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(SystemExit, match=f"error: `metric_for_best_model.*{expected}"):
+        run.main([write_recipe(**keys, eval_strategy="steps", eval_steps=1)])
+
+
+def test_a_score_of_generation_chooses_the_checkpoint_that_is_kept(write_recipe, tmp_path, monkeypatch):
+    given = iter([0.5, 1.0, 0.0])
+    sampled = evaluation.Evaluation.sampled
+    monkeypatch.setattr(
+        evaluation.Evaluation,
+        "sampled",
+        lambda *a: (sampled(*a)[0] | {"eval_label_exact": next(given)}, sampled(*a)[1]),
+    )
+    path = write_recipe(
+        max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="label_exact",
+    )  # fmt: skip
+    run.main([path])
+    best = adapter(tmp_path / "out" / "checkpoint-2")
+    assert all(torch.equal(value, best[name]) for name, value in adapter(tmp_path / "out").items())
+    assert not torch.equal(*(next(iter(adapter(tmp_path / "out" / f"checkpoint-{step}").values())) for step in (2, 3)))

@@ -14,15 +14,17 @@ import torch
 import wandb
 import yaml
 from conftest import REPOSITORY, offline_wandb
+from datasets import Dataset
 from PIL import Image
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.launch.sweeps import utils as sweeps
 
 from sft_phi3v import run
 from sft_phi3v.data import ROW, load_splits, to_examples
-from sft_phi3v.evaluation import thumbnail
+from sft_phi3v.evaluation import Evaluation, thumbnail
 from sft_phi3v.recipe import load_recipe
-from sft_phi3v.tracking import Meter
+from sft_phi3v.scoring import Completion
+from sft_phi3v.tracking import Meter, Tracking, WandB
 
 PLANTED = ("hf_planted", "plantedplanted")
 
@@ -286,3 +288,21 @@ def test_the_example_sweep_trains_what_wandb_asks_for(tmp_path, monkeypatch):
     assert recipe.training.output_dir == "outputs/sweep/abc"
     assert (recipe.training.learning_rate, recipe.model.lora_r, recipe.task.num_crops) == (2e-5, 64, 16)
     assert sweep["metric"]["name"] == "eval/after/fields/full_price/within_10pct"
+
+
+def test_the_path_of_a_mixtures_data_set_does_not_reach_a_table(write_recipe, tiny_processor):
+    rows = Dataset.from_dict(
+        {"image": [Image.new("RGB", (60, 40), "red")], "label": ["red"], ROW: ["/home/me/coats:17"]}
+    )
+    evaluation = Evaluation(load_recipe([write_recipe()]), tiny_processor, rows, rows)
+    tracking, seen = Tracking(evaluation.recipe), []
+    wandb_stub = WandB.__new__(WandB)
+    wandb_stub.table = lambda columns, cells, step: seen.append(dict(zip(columns, cells[0], strict=True)))
+    tracking.trackers.append(wandb_stub)
+    tracking.show(evaluation, [Completion("/home/me/coats:17", "Colour: red.", "Colour: blue.", True)], "after", 3)
+    [row] = seen
+    assert row.pop("picture").size == (60, 40)
+    assert row == {
+        **{"model": "after", "step": 3, "row": "coats:17", "reference": "Colour: red.", "completion": "Colour: blue."},
+        **{"stopped": True, "label: right": 0.0, "label: error": pytest.approx(1.0)},
+    }
