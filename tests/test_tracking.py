@@ -303,6 +303,12 @@ def test_the_path_of_a_mixtures_data_set_does_not_reach_a_table(write_recipe, ti
     [row] = seen
     assert row.pop("picture").size == (60, 40)
     assert row == {
-        **{"model": "after", "step": 3, "row": "coats:17", "reference": "Colour: red.", "completion": "Colour: blue."},
-        **{"stopped": True, "label: right": 0.0, "label: error": pytest.approx(1.0)},
+        "model": "after",
+        "step": 3,
+        "row": "coats:17",
+        "reference": "Colour: red.",
+        "completion": "Colour: blue.",
+        "stopped": True,
+        "label: right": 0.0,
+        "label: error": pytest.approx(1.0),
     }
