@@ -166,10 +166,11 @@ def histogram(title: str, edges: Sequence[float], counts: Sequence[int], unit: s
     if len(counts) == 1:
         return Chart(title, f"{sum(edges) / 2:,.0f} in each of {counts[0]:,} {unit}.", Markup(""))
     most = max(range(len(counts)), key=lambda place: counts[place])
+    low, high = math.ceil(edges[most]), math.floor(edges[most + 1])
     return _chart(
         title,
         f"{sum(counts):,} {unit}, from {math.ceil(edges[0]):,} to {math.floor(edges[-1]):,}; the highest bar, "
-        f"{counts[most]:,}, from {math.ceil(edges[most]):,} to {math.floor(edges[most + 1]):,}.",
+        f"{counts[most]:,}, " + (f"at {low:,}." if low == high else f"from {low:,} to {high:,}."),
         draw,
     )
 
