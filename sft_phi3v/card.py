@@ -4,7 +4,6 @@ Everything in it is read from the files that a run leaves behind, so that traini
 card. It names no path of this machine.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from sft_phi3v.evaluation import read_lines, run_file, score_rows, trained_keys, verdict
-from sft_phi3v.model import base_file
+from sft_phi3v.evaluation import read_json, read_lines, score_rows, trained_keys, verdict
+from sft_phi3v.model import base_file, run_file
 from sft_phi3v.recipe import Recipe
 
 TEMPLATE = Path(__file__).with_name("model_card.jinja")
@@ -193,5 +192,4 @@ def training_facts(recipe: Recipe, folder: Path, base: str) -> list[tuple[str, s
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
     """A JSON file of the folder or its run; empty if there is none."""
-    path = folder / name if (folder / name).is_file() else run_file(folder, name)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(folder / name if (folder / name).is_file() else run_file(folder, name))

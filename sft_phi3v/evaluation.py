@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
 from itertools import chain, islice
@@ -582,11 +582,26 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of a run holds; nothing if it is not there."""
+    if not path.is_file():
+        return {}
+    with _whole(path):
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file. Not by `splitlines`, to which characters within a text end a line too."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    with _whole(path):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Names the file that is not JSON."""
     try:
-        return [json.loads(line) for line in lines if line.strip()]
+        yield
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}. Score again: make evaluate.") from error
 
@@ -617,7 +632,7 @@ def evaluate(recipe: Recipe) -> Evaluation:
     scoring, base_name = recipe.scoring, str(recipe.model.model_name_or_path)
     folder = None if scoring.model else trained_folder(recipe)
     if scoring.model:
-        find_model(scoring.model)
+        find_model(scoring.model, key="model")
     prepared, learned = _prepare(recipe), scoring.split == recipe.script.dataset_train_split
     held_out = prepared.held_out
     if learned:

@@ -24,7 +24,7 @@ from transformers import TextStreamer
 
 from sft_phi3v.data import Template, conversation, open_picture
 from sft_phi3v.evaluation import generate, with_pictures
-from sft_phi3v.model import load_model, model_file, on_device
+from sft_phi3v.model import find_model, load_model, model_file, on_device
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.recipe import Parser, Recipe, TaskArguments, load_recipe
 from sft_phi3v.scoring import Completion
@@ -65,12 +65,7 @@ def load(name: str, *, base_model: str | None = None, num_crops: int | None = No
     Raises:
         ValueError: If there is no such model, or an adapter's recipe or base model is missing.
     """
-    adapter = model_file(name, "adapter_config.json", key="--model")
-    if adapter is None and model_file(name, "config.json", key="--model") is None:
-        raise ValueError(
-            f"--model: {name!r} holds neither adapter_config.json nor config.json. Expected a folder that training or "
-            "merging wrote, or a Hub id (and a network, or the model in the local cache)."
-        )
+    adapter = find_model(name, key="--model")
     recipe_file = model_file(name, "recipe.yaml", key="--model")
     processor = Phi3VProcessor.from_pretrained(name, num_crops=num_crops)
     model: Phi3VForCausalLM | PeftModel

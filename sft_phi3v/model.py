@@ -166,7 +166,7 @@ def load_named(recipe: Recipe, name: str) -> tuple[PeftModel | Phi3VForCausalLM,
     Raises:
         ValueError: If there is no such model.
     """
-    adapter = find_model(name)
+    adapter = find_model(name, key="model")
     source = name if model_file(name, "tokenizer.json", key="model") else str(recipe.model.model_name_or_path)
     processor = Phi3VProcessor.from_pretrained(source, num_crops=recipe.task.num_crops)
     if same_model(name, str(recipe.model.model_name_or_path)):
@@ -189,13 +189,16 @@ def load_named(recipe: Recipe, name: str) -> tuple[PeftModel | Phi3VForCausalLM,
     return PeftModel.from_pretrained(base, name).eval(), processor
 
 
-def find_model(name: str) -> Path | None:
-    """The `adapter_config.json` of what `model` names, `None` for a whole model; a `ValueError` if there is none."""
-    adapter = model_file(name, "adapter_config.json", key="model")
-    if adapter is None and model_file(name, "config.json", key="model") is None:
+def find_model(name: str, *, key: str) -> Path | None:
+    """
+    The `adapter_config.json` of an adapter, `None` for a whole model; a `ValueError` if there is neither. `key` is what
+    the model was given as.
+    """
+    adapter = model_file(name, "adapter_config.json", key=key)
+    if adapter is None and model_file(name, "config.json", key=key) is None:
         raise ValueError(
-            f"`model` is {name!r}, which holds neither adapter_config.json nor config.json. Expected a folder that "
-            "training or merging wrote, or a Hub id (and a network, or the model in the local cache)."
+            f"{key}: {name!r} holds neither adapter_config.json nor config.json. Expected a folder that training or "
+            "merging wrote, or a Hub id (and a network, or the model in the local cache)."
         )
     return adapter
 

@@ -22,6 +22,7 @@ from sft_phi3v.evaluation import (
     RESCORABLE,
     SURE,
     public_recipe,
+    read_json,
     read_lines,
     score_rows,
     short_row,
@@ -108,7 +109,7 @@ def render(recipe: Recipe, folder: Path) -> str:
     Returns:
         `str`: The page.
     """
-    metrics, data, environment = (_read(folder / f"{name}.json") for name in ("metrics", "data", "environment"))
+    metrics, data, environment = (read_json(folder / f"{name}.json") for name in ("metrics", "data", "environment"))
     names = [name for name in dict.fromkeys([*ORDER, *metrics]) if name in metrics]
     lines = read_lines(folder / "completions.jsonl") if (folder / "completions.jsonl").is_file() else []
     subject = next((name for name in SUBJECTS if name in metrics), "")
@@ -145,7 +146,7 @@ def render(recipe: Recipe, folder: Path) -> str:
             }
             for field, found in fields.items()
         ],
-        curves=_curves(_read(folder / "trainer_state.json").get("log_history", []), fields),
+        curves=_curves(read_json(folder / "trainer_state.json").get("log_history", []), fields),
         data=data,
         histograms=[
             histogram(title, **data["histograms"][key], unit=unit)
@@ -169,13 +170,6 @@ def render(recipe: Recipe, folder: Path) -> str:
         every=[path for path, _ in leaves(metrics)],
     )
     return page.rstrip() + "\n"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. Score again: make evaluate.") from error
 
 
 def _row_counts(data: Mapping[str, Any], environment: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -333,7 +327,7 @@ def mask_faults(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _merge(trained: Path, folder: Path) -> dict[str, Any] | None:
-    found = _read(folder / REPORT)
+    found = read_json(folder / REPORT)
     if not found:
         return None
     there = trained_hashes(trained)

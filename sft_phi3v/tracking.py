@@ -184,11 +184,11 @@ class Tracking(TrainerCallback):
         if event == "on_train_end" and not self._over:
             self._end = partial(self.on_event, event, args, state, control, **kwargs)
             return
-        environment = {key: value for key, value in self.environment.items() if key != "local_paths"}
-        config = self.recipe | {"environment": environment}
+        if not self.trackers:
+            return
         public = copy.copy(args)
-        public.to_dict = lambda: config
-        public.to_json_string = lambda: json.dumps(config, default=str)
+        public.to_dict = self.config
+        public.to_json_string = lambda: json.dumps(self.config(), default=str)
         # The model's configuration says where it was loaded from; only W&B, which does not look there, gets the model.
         bare = kwargs | ({"model": SimpleNamespace(config=None)} if "model" in kwargs else {})
 
@@ -197,6 +197,11 @@ class Tracking(TrainerCallback):
             getattr(tracker, event)(public, state, control, **given)
 
         self._each(passed_on)
+
+    def config(self) -> dict[str, Any]:
+        """What trackers may know of the run: the resolved recipe, and what it runs on."""
+        environment = {key: value for key, value in self.environment.items() if key != "local_paths"}
+        return self.recipe | {"environment": environment}
 
     def show(self, evaluation: Evaluation, completions: Sequence[Completion], label: str, step: int) -> None:
         """
