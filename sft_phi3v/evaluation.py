@@ -32,9 +32,13 @@ from datasets import Dataset
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import BatchFeature
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from sft_phi3v.checkpoints import file_hashes, write_whole
 from sft_phi3v.collator import Collator
 from sft_phi3v.data import ROW, Template, to_examples
+from sft_phi3v.interruption import INTERRUPTION, Interrupted
+from sft_phi3v.machine import check_machine
 from sft_phi3v.model import (
     base_commit,
     find_model,
@@ -48,7 +52,7 @@ from sft_phi3v.model import (
 from sft_phi3v.phi3_v import Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.phi3_v.image_processing_phi3_v import as_picture
 from sft_phi3v.preview import Prepared, prepare, print_once
-from sft_phi3v.recipe import RESUMABLE, Recipe, as_text, check_machine, differences, load_recipe, public_keys
+from sft_phi3v.recipe import RESUMABLE, Recipe, as_text, differences, load_recipe, public_keys
 from sft_phi3v.scoring import Completion, Scorer, better
 from sft_phi3v.streaming import Stream
 
@@ -91,6 +95,7 @@ def generate(
 
     Raises:
         ValueError: If a picture cannot be read, or one row alone does not fit into memory.
+        Interrupted: In the middle of training, if the run was asked to stop.
     """
     state = PartialState()
     # Rows of like length share a batch, so that little is padded; longest first: a batch too large fails at once.
@@ -106,7 +111,13 @@ def generate(
     bar = tqdm(total=len(lengths), initial=len(finished), desc=description, disable=quiet)
     with torch.no_grad(), bar, ThreadPoolExecutor(1) as ahead:
         left, ready = batches[state.process_index :: state.num_processes], None
+        together = is_fsdp_managed_module(model)  # each process holds a part of the weights: all generate, or none can
+        if together and batches:
+            left += batches[:1] * (-(-len(batches) // state.num_processes) - len(left))
         while left:
+            # Only in the middle of training does a signal wait to be heeded.
+            if INTERRUPTION.waiting and (INTERRUPTION.agreed() if together else INTERRUPTION.asked):
+                break
             batch = left.pop(0)
             some, inputs = (ready or ahead.submit(_read, processor, examples, batch)).result()
             # The next batch's pictures are cut while this one's answers are written.
@@ -114,7 +125,7 @@ def generate(
             try:
                 completions = _generate_batch(model, processor, some, inputs.to(model.device), max_new_tokens)
             except RuntimeError as error:
-                if not should_reduce_batch_size(error):
+                if together or not should_reduce_batch_size(error):
                     raise
                 left, ready = _halved([batch, *left], error), None
                 clear_device_cache(garbage_collection=True)
@@ -124,9 +135,12 @@ def generate(
                 journal.add(found[-len(batch) :])
             bar.update(min(len(batch) * state.num_processes, bar.total - bar.n))
     model.train(was_training)
+    if INTERRUPTION.waiting and INTERRUPTION.agreed():
+        raise Interrupted
     if state.num_processes > 1:
         found = gather_object(found)
-    return [completion for _, completion in sorted([*finished.items(), *found], key=lambda pair: pair[0])]
+    finished |= dict(found)
+    return [finished[index] for index in sorted(finished)]
 
 
 class Journal:
@@ -443,19 +457,26 @@ class Evaluation:
 
     def resume(self) -> bool:
         """Takes over what an interrupted run of the same rows has scored before training; says whether it did."""
+        # As the main process reads it: on another machine a disk may be late.
+        [before] = broadcast_object_list([self._before() if PartialState().is_main_process else None])
+        if before is None:
+            return False
+        self.completions["before"] = before
+        self.metrics["before"] = self.scorer.score(before)
+        return True
+
+    def _before(self) -> list[Completion] | None:
         try:
             lines = read_lines(self.folder / "completions.jsonl")
             rows = [(line["row"], line["reference"]) for line in lines]
             if rows != list(zip(self.rows, self.references, strict=True)):
-                return False
-            self.completions["before"] = [
+                return None
+            return [
                 Completion(line["row"], line["reference"], line["before"]["text"], line["before"]["stopped"])
                 for line in lines
             ]
         except (OSError, ValueError, KeyError, TypeError):
-            return False  # nothing was scored yet, or not by us: it is scored again
-        self.metrics["before"] = self.scorer.score(self.completions["before"])
-        return True
+            return None  # nothing was scored yet, or not by us: it is scored again
 
     def table(self) -> str:
         """The scores as one table for people."""
@@ -606,13 +627,6 @@ def _whole(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged: {error}. Score again: make evaluate.") from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file aside and renames it, so that whoever finds it finds all of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
 def evaluate(recipe: Recipe) -> Evaluation:
     """
     Scores what the recipe's `output_dir` holds, on the rows that the run scored: before, after, with others' pictures.
@@ -703,16 +717,6 @@ def identity(name: str, model: Phi3VForCausalLM | PeftModel) -> dict[str, str]:
 def short_row(row: Any) -> str:
     """A row's name without the path of its data set, which stands before its number in a mixture."""
     return str(row).rsplit("/", 1)[-1]
-
-
-def file_hashes(folder: Path, *patterns: str) -> dict[str, str]:
-    """SHA-256 of the files of a folder, by their paths in it."""
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    hashes = {}
-    for path in files:
-        with path.open("rb") as file:
-            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
 
 
 def trained_hashes(folder: Path) -> dict[str, str]:

@@ -34,7 +34,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from huggingface_hub.hf_api import RepoFile
 
 from sft_phi3v.card import HUB_ID, licence, render_card
-from sft_phi3v.evaluation import file_hashes, public_recipe, trained_folder, trained_hashes, trained_keys
+from sft_phi3v.checkpoints import file_hashes
+from sft_phi3v.evaluation import public_recipe, trained_folder, trained_hashes, trained_keys
 from sft_phi3v.merge import REPORT
 from sft_phi3v.model import first_line, run_file
 from sft_phi3v.recipe import Recipe, as_text, load_recipe

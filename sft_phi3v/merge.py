@@ -32,19 +32,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
+from sft_phi3v.checkpoints import file_hashes, write_whole
 from sft_phi3v.collator import IGNORED, Collator
-from sft_phi3v.evaluation import (
-    Evaluation,
-    file_hashes,
-    public_recipe,
-    trained_folder,
-    trained_hashes,
-    write_whole,
-)
+from sft_phi3v.evaluation import Evaluation, public_recipe, trained_folder, trained_hashes
+from sft_phi3v.machine import check_machine
 from sft_phi3v.model import base_file, load_model, load_trained, on_device
 from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.preview import prepare_held_out
-from sft_phi3v.recipe import Recipe, check_machine, load_recipe
+from sft_phi3v.recipe import Recipe, load_recipe
 from sft_phi3v.scoring import Completion
 from sft_phi3v.tracking import log_merged
 

@@ -18,10 +18,12 @@ from accelerate import PartialState
 from datasets import Dataset
 from tqdm import tqdm
 
+from sft_phi3v.checkpoints import check_output_dir
 from sft_phi3v.collator import IGNORED, Collator, Lengths
 from sft_phi3v.data import ROW, check_rows, load_splits, to_examples
+from sft_phi3v.machine import check_machine
 from sft_phi3v.model import load_processor
-from sft_phi3v.recipe import Recipe, check_machine, check_output_dir, load_recipe
+from sft_phi3v.recipe import Recipe, load_recipe
 from sft_phi3v.streaming import Stream, load_stream
 
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"

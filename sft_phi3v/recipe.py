@@ -22,7 +22,6 @@ import os
 import re
 import shlex
 import types
-import typing
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -65,6 +64,13 @@ class TaskArguments:
     overlong: Literal["error", "drop"] = field(
         default="error",
         metadata={"help": "Rows longer than `max_length`: 'error' stops and names them, 'drop' leaves them out."},
+    )
+    nonfinite: Literal["error", "skip"] = field(
+        default="error",
+        metadata={
+            "help": "A loss or gradient that is no finite number: 'error' saves the weights of before and stops with "
+            "the rows' names, 'skip' leaves these steps out and says which."
+        },
     )
     adapt: list[Literal["language_model", "projector", "vision_tower"]] = field(
         default_factory=lambda: ["language_model"],
@@ -265,6 +271,7 @@ class PublishArguments:
 DEFAULTS: dict[str, Any] = {
     "activation_checkpointing": True,  # TRL's default too, but under the name that transformers 5 warns about
     "hub_private_repo": True,  # TRL leaves it to the Hub, which publishes
+    "logging_nan_inf_filter": False,  # it would log another loss than a broken one; see `nonfinite`
     "max_length": None,  # TRL's 1024 is shorter than one picture (2,509 tokens at 16 crops)
     "remove_unused_columns": False,  # a row becomes an example only when it is read: its columns must still be there
 }
@@ -274,6 +281,8 @@ RENAMED: dict[str, str] = {
     "adafactor": "write `optim: adafactor`",
     "bnb_4bit_compute_dtype": "write `dtype`, which is the compute dtype too",
     "bnb_4bit_use_double_quant": "write `use_bnb_nested_quant`",
+    "device_map": "remove it: `accelerate launch` gives each process its GPU, and accelerate_configs/fsdp2.yaml shards "
+    "a model that is too large for one",
     "dataset_test_name": "write `dataset_test_split`",
     "dataset_train_name": "write `dataset_train_split`",
     "evaluation_strategy": "write `eval_strategy`",
@@ -311,6 +320,7 @@ _OWN = "the processor of `model_name_or_path` decides it"
 # Keys TRL has that this project would ignore, or that would go wrong silently: only their default is accepted.
 REFUSED: dict[str, str] = {
     "assistant_only_loss": _MASK,
+    "average_tokens_across_devices": "the loss would depend on how many processes share a step",
     "completion_only_loss": _MASK,
     "packing": _PACK,
     "eval_packing": _PACK,
@@ -323,6 +333,7 @@ REFUSED: dict[str, str] = {
     "model_init_kwargs": "write `dtype`, `attn_implementation` and `model_revision` instead",
     "streaming": "write `dataset_streaming`, which goes for `datasets` too",
     "test_split_size": "write `held_out`",
+    "save_on_each_node": "checkpoints lie on a disk that all machines share",
     "remove_unused_columns": "a row becomes an example only when it is read, so its columns must stay",
     "truncation_mode": "a row is never cut: see `max_length` and `overlong`",
     "trust_remote_code": "the model is native here and runs no code from the Hub",
@@ -333,7 +344,7 @@ _REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 
 # What a resumed run may change: how long it runs, what it shows and keeps, how rows are spread over devices.
 RESUMABLE = re.compile(
-    r"max_steps|num_train_epochs|(save|logging|dataloader|hub)_.*|push_to_hub|report_to|run_name|disable_tqdm|"
+    r"nonfinite|max_steps|num_train_epochs|(save|logging|dataloader|hub)_.*|push_to_hub|report_to|run_name|disable_tqdm|"
     r"eval_strategy|eval_steps|per_device_(train|eval)_batch_size|gradient_accumulation_steps|generation_batch_size|"
     r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare|model|split|limit|"
     r"adapter|merge_.*|compare_bases|what|license|language|card_examples|dry_run|replace"
@@ -377,9 +388,11 @@ class Recipe:
 
     @property
     def resume(self) -> bool | str | None:
-        """`resume_from_checkpoint` as `Trainer.train` wants it: `"true"` means the last checkpoint in `output_dir`."""
+        """`resume_from_checkpoint`: whether to, where that was said; `"auto"`; or the path of a checkpoint."""
         given = self.training.resume_from_checkpoint
-        return {"true": True, "false": None}.get(given.lower(), given) if given else None
+        if given is None or given.lower() not in ("true", "false", "auto"):
+            return given
+        return "auto" if given.lower() == "auto" else given.lower() == "true"
 
     @property
     def data(self) -> str:
@@ -466,7 +479,8 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
     """
     Read a recipe file and the overrides that follow it, `RECIPE [--key value ...]`.
 
-    Works on any machine, with the GPU the recipe asks for or without: what runs the model calls [`check_machine`].
+    Works on any machine, with the GPU the recipe asks for or without: what runs the model calls
+    [`~sft_phi3v.machine.check_machine`].
     Sets the environment variables of the recipe's `env:` block, as TRL does.
 
     Args:
@@ -484,7 +498,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
         print(help_text())
         raise SystemExit(0 if argv else 2)
     path, overrides = _split_argv(argv)
-    written = _read_yaml(path)
+    written = read_yaml(path)
 
     from transformers.utils import is_torch_bf16_gpu_available
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
@@ -521,7 +535,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
         os.environ.update({name: str(value) for name, value in env.items()})
     values = {key: value for key, value in settings.items() if key != "env"}
     values["datasets"] = list(settings.get("datasets", []))  # TRL makes objects of its mappings, in place
-    if _wants_bf16(values) and not is_torch_bf16_gpu_available():
+    if wants_bf16(values) and not is_torch_bf16_gpu_available():
         values["use_cpu"] = True  # SFTConfig would raise here, on every machine that only looks at the recipe
     try:
         script, model, training, task, prepare, scoring, publish, mixture = TrlParser(parts).parse_dict(values)
@@ -538,108 +552,6 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
     return Recipe(script, model, training, *own, mixture, settings, path, shlex.join(argv))
 
 
-def check_machine(recipe: Recipe) -> None:
-    """
-    Refuse a recipe that this machine cannot run. To be called before the model is loaded.
-
-    Args:
-        recipe ([`Recipe`]): The recipe.
-
-    Raises:
-        ValueError: No GPU for a recipe that wants one; a GPU without bfloat16; several GPUs and no launcher.
-    """
-    import torch
-    from transformers.utils import is_torch_bf16_gpu_available
-
-    settings, launch = recipe.settings, f"accelerate launch sft_phi3v/run.py {recipe.path}"
-    if settings.get("use_cpu"):
-        return
-    if not torch.accelerator.is_available():
-        wants = [f"{key}: true" for key in ("bf16", "fp16", "load_in_4bit", "load_in_8bit") if settings.get(key)]
-        raise ValueError(
-            f"{recipe.path} is for a GPU ({', '.join(wants) or 'no use_cpu'}) and this machine shows none. If it has "
-            "one, look at `nvidia-smi`, CUDA_VISIBLE_DEVICES and whether torch is a CUDA build. To run it on the CPU, "
-            "which suits tiny models only, add: --use_cpu true --bf16 false --dtype float32"
-        )
-    if _wants_bf16(settings) and not is_torch_bf16_gpu_available():
-        raise ValueError(
-            f"{recipe.path} says `bf16: true` and this GPU has no bfloat16 (NVIDIA has it from Ampere on). Add: "
-            "--bf16 false --fp16 true --dtype float16"
-        )
-    if recipe.training.n_gpu > 1:
-        raise ValueError(
-            f"{recipe.training.n_gpu} GPUs are visible and no launcher started this process. For all of them: "
-            f"{launch}. For one: CUDA_VISIBLE_DEVICES=0 {launch}"
-        )
-
-
-def check_output_dir(recipe: Recipe) -> None:
-    """
-    Refuse an `output_dir` that already holds another run, so that no result is overwritten or mixed.
-
-    The same recipe may start over in its own folder while neither a checkpoint nor a result lies there;
-    `resume_from_checkpoint` goes on, with the same recipe up to the keys of [`RESUMABLE`].
-
-    Args:
-        recipe ([`Recipe`]): The recipe.
-
-    Raises:
-        ValueError: The folder holds another run, there is nothing to resume from, or another recipe began it.
-    """
-    folder = Path(typing.cast(str, recipe.training.output_dir))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`output_dir` is {str(folder)!r}, which is a file, expected a folder.")
-    checkpoints = [found.name for found in folder.glob("checkpoint-*") if found.is_dir()]
-    if recipe.resume and _resumed_folder(recipe, folder, checkpoints).resolve() == folder.resolve():
-        return
-    saved, metrics = folder / "recipe.yaml", folder / "metrics.json"
-    differ = differences(saved, recipe)
-    finished = [*folder.glob("adapter_model.safetensors"), *folder.glob("model*.safetensors")]
-    scored = metrics.is_file() and '"after"' in metrics.read_text(encoding="utf-8")
-    if saved.is_file():
-        if not (differ or checkpoints or finished or scored):
-            return
-        # Of the same recipe too: a run from the start would mix its checkpoints with these and delete the wrong ones.
-        reason = (
-            f"a run of another recipe ({saved} differs in {', '.join(differ)})" if differ else "a run of this recipe"
-        )
-    else:
-        traces = ("checkpoint-*", "adapter_*", "*.safetensors", "metrics.json", "completions.jsonl")
-        found = sorted({file.name for trace in traces for file in folder.glob(trace)})
-        if not found:
-            return
-        reason = f"a run ({', '.join(found[:3])})"
-    resumable = checkpoints and all(map(RESUMABLE.fullmatch, differ))
-    resume = "continue that run (--resume_from_checkpoint true), " if resumable else ""
-    raise ValueError(
-        f"`output_dir` {str(folder)!r} already holds {reason}. Give a fresh folder (--output_dir ...), {resume}or "
-        "remove the folder to start over."
-    )
-
-
-def _resumed_folder(recipe: Recipe, folder: Path, checkpoints: list[str]) -> Path:
-    """The folder of the run that is resumed; a `ValueError` if there is none, or if another recipe began it."""
-    if recipe.resume is True and not checkpoints:
-        raise ValueError(
-            f"`resume_from_checkpoint` is given and `output_dir` {str(folder)!r} holds no checkpoint-* folder to "
-            "resume from. Remove the key to start, or give the path of a checkpoint."
-        )
-    if isinstance(recipe.resume, str):
-        if not Path(recipe.resume).is_dir():
-            raise ValueError(
-                f"`resume_from_checkpoint` is {recipe.resume!r}, which is no folder, expected a checkpoint-* folder or "
-                f"true for the last one in {str(folder)!r} (there: {', '.join(checkpoints) or 'none'})."
-            )
-        folder = Path(recipe.resume).parent
-    saved = folder / "recipe.yaml"
-    if differ := [key for key in differences(saved, recipe) if not RESUMABLE.fullmatch(key)]:
-        raise ValueError(
-            f"`resume_from_checkpoint`: another recipe began that run ({saved} differs in {', '.join(differ)}). Put "
-            "these back as they were, or start a new run in a fresh folder (--output_dir ...)."
-        )
-    return folder
-
-
 def differences(saved: Path, recipe: Recipe) -> list[str]:
     """
     The keys in which a saved recipe differs from this one.
@@ -653,7 +565,7 @@ def differences(saved: Path, recipe: Recipe) -> list[str]:
     """
     if not saved.is_file():
         return []
-    before, now = _read_yaml(str(saved)), recipe.dump()
+    before, now = read_yaml(str(saved)), recipe.dump()
     return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 
@@ -732,7 +644,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
+    """The keys of a recipe file, as they are written; a `ValueError` if it is none."""
     if not Path(path).is_file():
         raise ValueError(f"no recipe at {path!r} (paths count from {os.getcwd()}). There are: {_some_recipes()}.")
     try:
@@ -934,7 +847,7 @@ def _conflicts(settings: dict[str, Any], known: Mapping[str, Any]) -> Iterator[s
         yield "`report_to` is null. Write none (in words) for no tracker."
 
 
-def _wants_bf16(settings: Mapping[str, Any]) -> bool:
+def wants_bf16(settings: Mapping[str, Any]) -> bool:
     """Whether SFTConfig will ask for a GPU with bfloat16: TRL's `bf16` is true unless `fp16` is."""
     bf16 = settings.get("bf16")
     wanted = not settings.get("fp16") if bf16 is None else bf16

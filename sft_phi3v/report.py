@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from sft_phi3v.card import training_facts
 from sft_phi3v.charts import Chart, Points, curve, dots, histogram
+from sft_phi3v.checkpoints import write_whole
 from sft_phi3v.evaluation import (
     ORDER,
     RESCORABLE,
@@ -29,7 +30,6 @@ from sft_phi3v.evaluation import (
     trained_hashes,
     trained_keys,
     verdict,
-    write_whole,
 )
 from sft_phi3v.gallery import MOST_CHARACTERS, SUBJECTS, Gallery
 from sft_phi3v.merge import REPORT

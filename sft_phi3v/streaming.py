@@ -32,6 +32,7 @@ from datasets.table import InMemoryTable, table_cast
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.scripts.utils import DatasetConfig
 
+from sft_phi3v.collator import IGNORED
 from sft_phi3v.data import (
     ROW,
     Part,
@@ -158,13 +159,12 @@ class Stream(IterableDataset):
         """The share of one worker: `count` examples, of which the first `passed` are `None`."""
         if self.fits is None:
             yield from itertools.repeat(None, passed)
-            yield from map(self.reader.example, self._rows(first, count, passed))
+            yield from self._rows(first, count, passed)
             return
         given = self.left_out[worker] = 0
         for again in itertools.count():
             before = given
-            for row in self._rows(first, count):
-                example = self.reader.example(row)
+            for example in self._rows(first, count):
                 if self.fits(example):
                     yield example if given >= passed else None
                     given += 1
@@ -175,8 +175,8 @@ class Stream(IterableDataset):
             if given == before:
                 raise ValueError("`overlong: drop` leaves no row to train on. Raise max_length or lower num_crops.")
 
-    def _rows(self, first: int, count: int, passed: int = 0) -> Iterator[dict[str, Any]]:
-        """Undecoded rows from position `first` of this epoch on, shuffled; the first `passed` of them are not given."""
+    def _rows(self, first: int, count: int, passed: int = 0) -> Iterator[Example]:
+        """Examples from position `first` of this epoch on, shuffled; the first `passed` of them are not given."""
         epoch = self.epoch
         order = self._order(epoch)
         for start in range(0, count, self.window):
@@ -188,7 +188,9 @@ class Stream(IterableDataset):
             if self.shuffled:
                 places = np.random.default_rng([self.seed, epoch, first + start]).permutation(size)
             for place in places[max(passed - start, 0) :]:
-                yield rows[int(place)]
+                example = self.reader.example(rows[int(place)])
+                # After the epoch's last row comes its first again, so that all processes have as many batches.
+                yield example | ({"repeated": True} if first + start + place >= self.num_shards else {})
 
     def _order(self, epoch: int) -> np.ndarray:
         """The blocks in the order of an epoch."""
@@ -386,8 +388,21 @@ class Passing:
 
     collator: Callable[[list[Example]], dict[str, torch.Tensor]]
 
-    def __call__(self, examples: list[Any]) -> dict[str, torch.Tensor]:
-        return {} if examples[0] is None else self.collator(examples)
+    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        """
+        Args:
+            examples (`list`): Examples, or `None` for each. What only fills up the last batch says `repeated`.
+
+        Returns:
+            `dict`: The batch, in which nothing repeated is supervised; and `rows`, the examples' names.
+        """
+        if examples[0] is None:
+            return {}
+        batch: dict[str, Any] = self.collator(examples)
+        for labels, example in zip(batch["labels"], examples, strict=True):
+            if example.get("repeated"):
+                labels[:] = IGNORED
+        return {**batch, "rows": [example["row"] for example in examples]}
 
 
 class Resume(TrainerCallback):

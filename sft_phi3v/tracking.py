@@ -24,8 +24,9 @@ from transformers.integrations import WandbCallback
 from transformers.integrations.integration_utils import WandbLogModel, get_reporting_integration_callbacks
 from trl import SFTConfig
 
+from sft_phi3v.checkpoints import write_whole
 from sft_phi3v.collator import IGNORED
-from sft_phi3v.evaluation import Evaluation, short_row, thumbnail, write_whole
+from sft_phi3v.evaluation import Evaluation, short_row, thumbnail
 from sft_phi3v.model import first_line
 from sft_phi3v.recipe import Recipe
 from sft_phi3v.scoring import Completion
@@ -90,7 +91,7 @@ class Meter(TrainerCallback):
 class WandB(WandbCallback):
     """transformers' callback with a run that holds no path or code, and that is found again after a crash."""
 
-    def __init__(self, folder: Path, resumed: bool):
+    def __init__(self, folder: Path, resumed: Path | None):
         super().__init__()
         self.wanted = WandbLogModel(os.environ.get("WANDB_LOG_MODEL", "false"))
         # transformers would log the pickled arguments, with the Hub's token: what is logged is said by `artifact`.
@@ -114,8 +115,8 @@ class WandB(WandbCallback):
 
     def start(self, project: str, name: str | None) -> None:
         """Begins a run in `WANDB_DIR` or beside the other results, or goes on with the one that was cut."""
-        record = self.folder / RUN_IDS
-        known = json.loads(record.read_text(encoding="utf-8")) if self.resumed and record.is_file() else {}
+        record, before = self.folder / RUN_IDS, (self.resumed or self.folder) / RUN_IDS
+        known = json.loads(before.read_text(encoding="utf-8")) if self.resumed and before.is_file() else {}
         run_id = os.environ.get("WANDB_RUN_ID") or known.get("wandb") or secrets.token_hex(4)
         write_whole(record, json.dumps({"wandb": run_id, "project": project}) + "\n")
         settings = self._wandb.Settings(
@@ -156,6 +157,7 @@ class Tracking(TrainerCallback):
 
     Args:
         recipe ([`Recipe`]): Its `report_to` names them.
+        checkpoint (`Path`, *optional*): What the run goes on from, and W&B's run with it.
 
     Attributes:
         environment (`dict`): What the run runs on; logged beside the recipe.
@@ -164,7 +166,7 @@ class Tracking(TrainerCallback):
         ValueError: If a tracker is unknown or not installed.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, checkpoint: Path | None = None):
         self.recipe = recipe.public()
         self.environment: dict[str, Any] = {}
         self._over = False
@@ -173,7 +175,7 @@ class Tracking(TrainerCallback):
         self.trackers: list[TrainerCallback] = []
         try:
             for kind in get_reporting_integration_callbacks(recipe.training.report_to):
-                self.trackers.append(WandB(folder, bool(recipe.resume)) if kind is WandbCallback else kind())
+                self.trackers.append(WandB(folder, checkpoint) if kind is WandbCallback else kind())
         except (RuntimeError, ImportError, ValueError) as error:
             raise ValueError(f"`report_to` is {recipe.training.report_to}: {error}") from error
 
@@ -281,7 +283,7 @@ def log_merged(recipe: Recipe, folder: Path) -> None:
     if "wandb" not in recipe.training.report_to or not record.is_file() or recipe.publish.adapter:
         return  # what `adapter` names need not be of that run
     try:
-        wandb = WandB(record.parent, resumed=True)
+        wandb = WandB(record.parent, resumed=record.parent)
         if wandb.wanted.is_enabled:
             wandb.start(json.loads(record.read_text(encoding="utf-8"))["project"], recipe.training.run_name)
             files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}

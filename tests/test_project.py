@@ -20,7 +20,7 @@ RECIPES = sorted(path.name for path in (REPOSITORY / "recipes").glob("*.yaml"))
 LAYERS = [
     ["phi3_v"],
     ["recipe", "catalogue", "charts", "fetch", "splitting", "vllm_plugin"],
-    ["data", "collator", "model", "pictures", "samples", "engine"],
+    ["data", "collator", "model", "pictures", "samples", "engine", "checkpoints", "machine", "interruption"],
     ["streaming", "checking"],
     ["deciding"],
     ["prepare", "preview", "scoring"],
@@ -28,6 +28,7 @@ LAYERS = [
     ["tracking"],
     ["merge", "card", "gallery"],
     ["hub", "report", "generate"],
+    ["trainer"],
     ["run"],
     ["demo", "tiny_base"],
 ]

@@ -1,0 +1,114 @@
+"""What this machine, and the launcher that started the process, can do for a recipe.
+
+Most wrong combinations run, and do something else: two "processes" that each train alone and write the same folder,
+FSDP that is DDP, adapters that are not in the checkpoint. Each is refused with what to write instead.
+"""
+
+import os
+
+import torch
+from accelerate import PartialState
+from transformers.utils import is_torch_bf16_gpu_available
+
+from sft_phi3v.recipe import Recipe, wants_bf16
+
+LAYER = "Phi3DecoderLayer"
+
+
+def check_machine(recipe: Recipe) -> None:
+    """
+    Refuse a recipe that this machine cannot run. To be called before the model is loaded.
+
+    Args:
+        recipe ([`Recipe`]): The recipe.
+
+    Raises:
+        ValueError: No GPU for a recipe that wants one; a GPU without bfloat16; several GPUs and no launcher; processes
+            that would not work together, or a launcher's setting under which training or saving goes wrong.
+    """
+    _check_launcher(recipe)
+    settings, launch = recipe.settings, f"accelerate launch sft_phi3v/run.py {recipe.path}"
+    if settings.get("use_cpu"):
+        return
+    if not torch.accelerator.is_available():
+        wants = [f"{key}: true" for key in ("bf16", "fp16", "load_in_4bit", "load_in_8bit") if settings.get(key)]
+        raise ValueError(
+            f"{recipe.path} is for a GPU ({', '.join(wants) or 'no use_cpu'}) and this machine shows none. If it has "
+            "one, look at `nvidia-smi`, CUDA_VISIBLE_DEVICES and whether torch is a CUDA build. To run it on the CPU, "
+            "which suits tiny models only, add: --use_cpu true --bf16 false --dtype float32"
+        )
+    if wants_bf16(settings) and not is_torch_bf16_gpu_available():
+        raise ValueError(
+            f"{recipe.path} says `bf16: true` and this GPU has no bfloat16 (NVIDIA has it from Ampere on). Add: "
+            "--bf16 false --fp16 true --dtype float16"
+        )
+    if recipe.training.n_gpu > 1:
+        raise ValueError(
+            f"{recipe.training.n_gpu} GPUs are visible and no launcher started this process. For all of them: "
+            f"{launch}. For one: CUDA_VISIBLE_DEVICES=0 {launch}"
+        )
+
+
+def _check_launcher(recipe: Recipe) -> None:
+    """Refuses what `accelerate launch` was told and the recipe does not go with."""
+    state, launched = PartialState(), int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpu = bool(recipe.settings.get("use_cpu"))
+    if _said("ACCELERATE_USE_CPU") and not on_cpu:
+        raise ValueError(
+            f"`accelerate launch` was told to use the CPU and {recipe.path} was not. Add: --use_cpu true --bf16 false "
+            "--dtype float32 (or take `use_cpu` out of the Accelerate config)."
+        )
+    if launched != state.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched and each sees {state.num_processes}: every one of them would train "
+            "alone and write the same folder. On GPUs write `distributed_type: MULTI_GPU` into the Accelerate config, "
+            "as accelerate_configs/ddp.yaml does; on CPUs `use_cpu: true` as well, there and in the recipe."
+        )
+    if _said("ACCELERATE_USE_FSDP"):
+        for problem, remedy in _fsdp_problems(recipe):
+            raise ValueError(f"FSDP: {problem}. {remedy} (accelerate_configs/fsdp2.yaml is written so.)")
+
+
+def _fsdp_problems(recipe: Recipe) -> list[tuple[str, str]]:
+    """What would go wrong under FSDP, each with what to write."""
+    model, settings = recipe.model, recipe.settings
+    dtype, storage = str(model.dtype), str(model.bnb_4bit_quant_storage)
+    found = []
+    if settings.get("use_cpu"):
+        found.append(("`use_cpu: true` would run as DDP", "Launch with accelerate_configs/ddp.yaml, or on GPUs."))
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        found.append(("version 1 flattens frozen and trained weights together", "Write `fsdp_version: 2`."))
+    if os.environ.get("FSDP_STATE_DICT_TYPE") != "FULL_STATE_DICT":
+        found.append(
+            ("checkpoints would lack the adapter", "Write `fsdp_state_dict_type: FULL_STATE_DICT` into fsdp_config.")
+        )
+    if _said("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        found.append(
+            (
+                "only one process would have the base model, and all of them score it before training",
+                "Write `fsdp_cpu_ram_efficient_loading: false`.",
+            )
+        )
+    if os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP") != LAYER:
+        found.append(
+            (
+                "sharding other layers than the language model's would hang where one process has pictures and another "
+                "has none",
+                f"Write `fsdp_transformer_layer_cls_to_wrap: {LAYER}`.",
+            )
+        )
+    if model.load_in_8bit:
+        found.append(("8-bit weights cannot be sharded", "Write `load_in_4bit: true` instead of `load_in_8bit`."))
+    if model.load_in_4bit and storage != dtype:
+        found.append(
+            (
+                f"4-bit weights stored as {storage} are not sharded, each GPU would hold all of them",
+                f"Write `bnb_4bit_quant_storage: {dtype}`, which is `dtype`, into the recipe.",
+            )
+        )
+    return found
+
+
+def _said(variable: str) -> bool:
+    """Whether `accelerate launch` set one of its switches."""
+    return os.environ.get(variable, "").lower() in ("true", "1", "yes", "on")
