@@ -361,6 +361,7 @@ def _check_rows_per_step(folder: Path, recipe: Recipe) -> None:
         moved |= {"the number of processes"} if recorded["processes"] != processes else set()
         if moved:
             raise ValueError(
-                f"`resume_from_checkpoint` with `dataset_streaming`: rows are shared out by "
-                f"{', '.join(sorted(moved))}, which changed. Put this back as it was, or start a new run in a fresh folder (--output_dir ...)."
+                "`resume_from_checkpoint` with `dataset_streaming`: rows are shared out by "
+                f"{', '.join(sorted(moved))}, which changed. Put this back as it was, or start a new run in a fresh "
+                "folder (--output_dir ...)."
             )

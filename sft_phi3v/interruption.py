@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -40,7 +41,7 @@ class Interruption:
     def __init__(self) -> None:
         self.asked: str | None = None
         self.waiting = False
-        self._process = 0
+        self._process, self._since = 0, 0.0
 
     @contextlib.contextmanager
     def heeded(self) -> Iterator[None]:
@@ -74,8 +75,9 @@ class Interruption:
     def _take(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process and self.waiting and number == signal.SIGINT:
             return  # Ctrl-C reaches the workers that load pictures as well: the step needs what they are at
-        again = self.asked == "SIGINT" and number == signal.SIGINT
-        self.asked = signal.Signals(number).name
+        # torchrun passes on the Ctrl-C that the terminal has sent to everybody: that is no second one.
+        again = self.asked == "SIGINT" and number == signal.SIGINT and time.monotonic() - self._since > 1
+        self.asked, self._since = signal.Signals(number).name, time.monotonic()
         if again or not self.waiting or os.getpid() != self._process:
             raise SystemExit(EXIT_CODE)
         if PartialState().is_main_process:

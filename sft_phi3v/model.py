@@ -277,6 +277,16 @@ def lora_config(recipe: Recipe, model: Phi3VForCausalLM) -> LoraConfig | None:
     return config
 
 
+def freeze_unused(model: Phi3VForCausalLM) -> None:
+    """
+    Takes what is never computed out of a full fine-tuning: CLIP's layers after the one whose output is used, and its
+    last norm. They would get no gradient, for which several processes wait.
+    """
+    tower = model.model.vision_tower
+    for module in (*tower.encoder.layers[model.model.vision_layers :], tower.post_layernorm):
+        module.requires_grad_(False)
+
+
 def base_commit(config: Phi3VConfig) -> str | None:
     """The commit that a base model from the Hub was loaded at ("main" moves on); `None` for a folder."""
     return getattr(config, "_commit_hash", None)  # transformers sets it on what comes from the Hub only

@@ -24,7 +24,7 @@ from sft_phi3v.evaluation import Evaluation, identity, of_scored, trained_hashes
 from sft_phi3v.hub import check_before_training
 from sft_phi3v.interruption import EXIT_CODE, INTERRUPTION, Halted, Interrupted
 from sft_phi3v.machine import check_machine
-from sft_phi3v.model import base_commit, landing_table, load_model, lora_config, on_device
+from sft_phi3v.model import base_commit, freeze_unused, landing_table, load_model, lora_config, on_device
 from sft_phi3v.phi3_v import Phi3VConfig
 from sft_phi3v.prepare import prepare as prepare_data
 from sft_phi3v.preview import prepare, print_once
@@ -61,6 +61,7 @@ def set_up(recipe: Recipe) -> tuple[Trainer, Evaluation, Path | None]:
     evaluation = Evaluation(recipe, collator.processor, train_rows, held_out_rows)
     _check_best_metric(recipe, evaluation)
     model = load_model(recipe)
+    freeze_unused(model)
     trainer = Trainer(
         model=model,
         args=recipe.training,

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub import CommitOperationAdd, HfApi
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
@@ -108,6 +109,14 @@ class Trainer(SFTTrainer):
             raise Halted(self._too_large(*shape)) from error
         self._losses.append(loss)
         return loss if self.recipe.task.nonfinite == "error" else loss.nan_to_num(0.0, 0.0, 0.0)
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        # TRL reads the head's weight and does not call the head, for which FSDP would gather it: in a full fine-tuning
+        # each process would then train its shard of the head on its own rows alone.
+        head = self.model.get_output_embeddings()
+        if isinstance(head, FSDPModule) and torch.is_grad_enabled():
+            head.unshard()
+        return super().compute_loss(model, *args, **kwargs)
 
     def _too_large(self, rows: int, tokens: int) -> str:
         return f"Out of memory in a batch of {rows} rows of {tokens} tokens."

@@ -161,6 +161,18 @@ class Phi3VModel(Phi3VPreTrainedModel):
                 hidden_states = layer(hidden_states, attention_mask=None)
         return hidden_states[:, 1:]
 
+    def _trains_vision(self) -> bool:
+        parts = (self.vision_tower, self.multi_modal_projector)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+    def _zero_from_vision(self) -> torch.Tensor:
+        """
+        Zero, with a graph through tower and projector. Where processes share a step, one of them may have no picture:
+        gradients are summed tensor by tensor, and each must have one of each.
+        """
+        blank = next(self.multi_modal_projector.parameters()).new_zeros(2, 3, CROP, CROP)
+        return 0 * self.get_image_features(blank, torch.tensor([[CROP, CROP]])).sum()
+
     @staticmethod
     def _merge_patches(features: torch.Tensor) -> torch.Tensor:
         """`(crops, 576, width)` → `(crops, 12, 12, 4·width)`: each 2×2 block of patches becomes one vector."""
@@ -237,6 +249,8 @@ class Phi3VModel(Phi3VPreTrainedModel):
             tokens = int((input_ids == self.config.image_token_id).sum())
             if tokens:
                 raise ValueError(f"input_ids hold {tokens} image tokens, but no pixel_values were given (0 features).")
+            if self.training and torch.is_grad_enabled() and self._trains_vision():
+                inputs_embeds = inputs_embeds + self._zero_from_vision().to(inputs_embeds)
         return self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,

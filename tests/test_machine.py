@@ -1,0 +1,123 @@
+"""What a machine and a launcher cannot do for a recipe is refused, with what to write instead."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sft_phi3v import machine
+from sft_phi3v.machine import check_machine
+from sft_phi3v.recipe import Recipe, load_recipe
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MINIMAL = "model_name_or_path: m\ndataset_name: d\noutput_dir: out\nuse_cpu: true\nbf16: false\n"
+QLORA = MINIMAL.replace("use_cpu: true\nbf16: false\n", "load_in_4bit: true\nuse_peft: true\ndtype: bfloat16\n")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def load(text: str = "", *argv: str, base: str = MINIMAL) -> Recipe:
+    Path("a.yaml").write_text(base + text)
+    return load_recipe(["a.yaml", *argv])
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
+def test_a_gpu_recipe_loads_without_a_gpu_and_does_not_run():
+    with pytest.raises(ValueError, match=r"is for a GPU \(load_in_4bit: true\) and this machine shows none") as caught:
+        check_machine(load(base=QLORA))
+    assert "--use_cpu true --bf16 false --dtype float32" in str(caught.value)
+    check_machine(load("", "--use_cpu", "true", "--bf16", "false", "--dtype", "float32", base=QLORA))
+
+
+def test_several_gpus_want_a_launcher(monkeypatch):
+    recipe = load()
+    recipe.settings.pop("use_cpu")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    recipe.training._n_gpu = 4
+    with pytest.raises(
+        ValueError, match=r"4 GPUs are visible and no launcher.*accelerate launch sft_phi3v/run.py a.yaml"
+    ):
+        check_machine(recipe)
+    recipe.training._n_gpu = 1
+    check_machine(recipe)
+
+
+def test_a_gpu_without_bfloat16_is_told_so(monkeypatch):
+    recipe = load(base=QLORA)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match=r"has no bfloat16.*--bf16 false --fp16 true"):
+        check_machine(recipe)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As `accelerate launch` would say it, in the environment."""
+
+    def say(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return say
+
+
+def test_a_launcher_on_the_cpu_wants_a_recipe_on_the_cpu(launched):
+    right, wrong = load(), load(base=QLORA)
+    launched(ACCELERATE_USE_CPU="True")
+    check_machine(right)
+    with pytest.raises(ValueError, match=r"was told to use the CPU and a.yaml was not. Add: --use_cpu true"):
+        check_machine(wrong)
+
+
+def test_processes_that_do_not_know_each_other_are_refused(launched):
+    recipe = load()
+    launched(WORLD_SIZE="2")
+    with pytest.raises(ValueError, match=r"2 processes were launched and each sees 1: every one of them would train"):
+        check_machine(recipe)
+
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Phi3DecoderLayer",
+}
+
+
+FULL = "model_name_or_path: m\ndataset_name: d\noutput_dir: out\n"
+LORA = f"{FULL}dtype: bfloat16\nuse_peft: true\n"
+
+
+@pytest.mark.parametrize(
+    ("base", "variables", "message"),
+    [
+        (f"{FULL}use_cpu: true\nbf16: false\n", {}, "`use_cpu: true` would run as DDP"),
+        (FULL, {"FSDP_VERSION": "1"}, "Write `fsdp_version: 2`"),
+        (LORA, {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "would lack the adapter"),
+        (FULL, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading: false"),
+        (FULL, {"FSDP_TRANSFORMER_CLS_TO_WRAP": "CLIPEncoderLayer"}, "would hang"),
+        (f"{LORA}load_in_8bit: true\n", {}, "8-bit weights cannot be sharded"),
+        (f"{LORA}load_in_4bit: true\n", {}, "Write `bnb_4bit_quant_storage: bfloat16`, which is `dtype`"),
+    ],
+)
+def test_fsdp_is_refused_where_it_would_do_something_else(launched, base, variables, message):
+    recipe = load(base=base)
+    launched(**(FSDP | variables))
+    with pytest.raises(ValueError, match=f"^FSDP: .*{message}"):
+        check_machine(recipe)
+
+
+@pytest.mark.parametrize(
+    "base", [FULL, LORA, f"{LORA}load_in_4bit: true\nbnb_4bit_quant_storage: bfloat16\n"], ids=["full", "LoRA", "QLoRA"]
+)
+def test_fsdp_takes_what_our_config_says(launched, base):
+    recipe = load(base=base)
+    config = yaml.safe_load((REPOSITORY / "accelerate_configs" / "fsdp2.yaml").read_text())["fsdp_config"]
+    names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
+    launched(ACCELERATE_USE_FSDP="true", **{names.get(key, key.upper()): str(value) for key, value in config.items()})
+    assert not machine._fsdp_problems(recipe)
