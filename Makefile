@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch $(if $(ACCELERATE),--config_file accelerate_configs/$(ACCELERATE).yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types prepare train preview evaluate report merge push-hub tiny-base clean
+.PHONY: help setup demo test test-slow test-distributed lint types prepare train preview evaluate report merge push-hub tiny-base clean
 
 help:  ## this menu
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ test: setup  ## the tests: offline, CPU
 
 test-slow: setup  ## the tests that take minutes, the demo's scores among them
 	$(BIN)/python -m pytest -m slow
+
+test-distributed: setup  ## several processes, FSDP2, two machines, kills: one recipe, one result (minutes)
+	$(BIN)/python -m pytest -m distributed
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .

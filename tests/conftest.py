@@ -310,12 +310,22 @@ def finished_run(trained_run, tmp_path):
     return folder, [str(folder / "recipe.yaml"), "--output_dir", str(folder)]
 
 
+@pytest.fixture
+def table_row(record_property):
+    """Puts a row into a table at the end of the tests' output."""
+    return lambda title, *cells: record_property("table", (title, [str(cell) for cell in cells]))
+
+
 def pytest_terminal_summary(terminalreporter):
-    """What the faults that tests put into the Hub came to: a table, at the end of the tests' output."""
+    """What tests have told: the tables that they are there to show."""
     reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
-    rows = [value for report in reports for name, value in report.user_properties if name == "fault"]
-    if rows:
-        terminalreporter.section("faults of the Hub, and what came of them")
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    tables = {}
+    for report in reports:
+        for name, value in report.user_properties:
+            if name == "table":
+                tables.setdefault(value[0], []).append(value[1])
+    for title, rows in tables.items():
+        terminalreporter.section(title)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             terminalreporter.write_line("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)))

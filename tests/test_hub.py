@@ -33,6 +33,7 @@ TOKENS = {
 REPOSITORY = Path(__file__).resolve().parents[1]
 REPO = "me/model"
 EMPTY = {".gitattributes"}
+TABLE = "faults of the Hub, and what came of them"
 
 
 @pytest.fixture
@@ -224,9 +225,7 @@ def in_words(fault):
     FAULTS,
     ids=[f"{match.split('/')[-2 if match.endswith('/') else -1]}-{len(f)}x{in_words(f[0])}" for match, f, _ in FAULTS],
 )
-def test_whatever_fails_nothing_is_half_published(
-    match, faults, message, folder, server, waits, record_property, capsys
-):
+def test_whatever_fails_nothing_is_half_published(match, faults, message, folder, server, waits, table_row, capsys):
     server.fail(match, *faults)
     shown = ", ".join(in_words(fault) for fault in faults[:3]) + (
         f" … ({len(faults)} times)" if len(faults) > 3 else ""
@@ -252,7 +251,7 @@ def test_whatever_fails_nothing_is_half_published(
     assert published(server)["model.safetensors"] == (folder / "merged" / "model.safetensors").read_bytes()
     assert len(server.commits(REPO)) == 2
     assert len(server.uploads) == len(set(server.uploads)), "a finished file was sent twice"
-    record_property("fault", (match, shown, outcome))
+    table_row(TABLE, match, shown, outcome)
 
 
 def test_a_hub_that_says_nothing_is_given_up(folder, server, monkeypatch):
@@ -264,7 +263,7 @@ def test_a_hub_that_says_nothing_is_given_up(folder, server, monkeypatch):
     assert "model.safetensors" in published(server)
 
 
-def test_killed_while_it_uploads_it_goes_on_from_there(finished_run, server, tmp_path, monkeypatch, record_property):
+def test_killed_while_it_uploads_it_goes_on_from_there(finished_run, server, tmp_path, monkeypatch, table_row):
     folder, argv = finished_run
     monkeypatch.setattr(merge, "SHARD_SIZE", 1_000_000)
     merge.main(argv)
@@ -289,7 +288,7 @@ def test_killed_while_it_uploads_it_goes_on_from_there(finished_run, server, tmp
         path.name: path.read_bytes() for path in (folder / "merged").glob("model*")
     }
     assert len(server.uploads) == len(set(server.uploads)), "a finished file was sent twice"
-    record_property("fault", ("PUT /lfs/", "SIGKILL of the pushing process", "nothing visible; again: published"))
+    table_row(TABLE, "PUT /lfs/", "SIGKILL of the pushing process", "nothing visible; again: published")
 
 
 def test_a_merge_that_changed_since_it_was_verified_is_refused(folder, server):
@@ -446,14 +445,14 @@ def test_another_model_is_not_overwritten_and_an_earlier_version_is(folder, serv
     assert published(server) == before
 
 
-def test_what_lies_there_is_read_patiently(folder, server, record_property):
+def test_what_lies_there_is_read_patiently(folder, server, table_row):
     hub.main(arguments(folder))
     server.fail("HEAD /resolve/", "drop", 500)
     server.fail("GET /tree/", 503)
     hub.main(arguments(folder, what="both"))
     assert not server.faults_left
     assert "adapter/adapter_model.safetensors" in published(server)
-    record_property("fault", ("HEAD /resolve/, GET /tree/", "drop, 500, 503", "published"))
+    table_row(TABLE, "HEAD /resolve/, GET /tree/", "drop, 500, 503", "published")
 
 
 def test_private_is_not_published_into_a_public_repository(folder, server):
