@@ -148,9 +148,15 @@ def claimed(folder: Path) -> Iterator[None]:
     if not PartialState().is_main_process:
         yield
         return
-    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+    lock = folder / ".lock"
+    with lock.open("a+", encoding="utf-8") as file:
         _lock(file, folder)
-        yield
+        try:
+            yield
+        finally:
+            if [*folder.iterdir()] == [lock]:  # nothing came of it
+                lock.unlink()
+                folder.rmdir()
 
 
 def _lock(file: IO[str], folder: Path) -> None:

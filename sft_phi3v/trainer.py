@@ -283,7 +283,7 @@ class Trainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             yield self._aside
         except Exception as error:
-            shutil.rmtree(self._aside, ignore_errors=True)
+            shutil.rmtree(folder / ASIDE, ignore_errors=True)
             left = next((str(path) for path in checkpoints(folder)), "none")
             raise Halted(
                 f"{target} could not be written: {first_line(error)}\nThe last whole checkpoint is {left}. Make room, "
@@ -292,6 +292,8 @@ class Trainer(SFTTrainer):
         finally:
             self._aside = None
         self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            shutil.rmtree(folder / ASIDE, ignore_errors=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.is_world_process_zero():

@@ -1,5 +1,8 @@
 """What a machine and a launcher cannot do for a recipe is refused, with what to write instead."""
 
+import os
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -121,3 +124,29 @@ def test_fsdp_takes_what_our_config_says(launched, base):
     names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
     launched(ACCELERATE_USE_FSDP="true", **{names.get(key, key.upper()): str(value) for key, value in config.items()})
     assert not machine._fsdp_problems(recipe)
+
+
+@pytest.mark.parametrize(("preempted", "status"), [(True, 143), (False, 3)])
+def test_the_slurm_job_passes_the_signal_on_and_goes_back_into_the_queue(tmp_path, preempted, status):
+    """SLURM's commands are stand-ins that write down what they were called with."""
+    commands = {
+        "scontrol": 'echo "scontrol $*" >> calls; echo node1',
+        "srun": 'echo "srun $*" >> calls; trap "sleep 0.3; exit 143" TERM; echo $$ > pid; '
+        + ("while true; do sleep 0.05; done" if preempted else "exit 3"),
+    }
+    for name, body in commands.items():
+        Path(name).write_text(f"#!/bin/bash\n{body}\n")
+        Path(name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    environment |= {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]"}
+    script = REPOSITORY / "accelerate_configs" / "slurm.sbatch"
+    job = subprocess.Popen(["bash", str(script), "recipe.yaml", "--max_steps", "5"], env=environment)
+    while preempted and not Path("pid").exists():
+        time.sleep(0.02)
+    if preempted:
+        job.terminate()
+    assert job.wait(20) == status
+    called = Path("calls").read_text()
+    assert "--num_machines 2 --num_processes 16 --main_process_ip node1 --rdzv_backend c10d" in called
+    assert "sft_phi3v/run.py recipe.yaml --max_steps 5" in called
+    assert ("scontrol requeue 17" in called) == preempted

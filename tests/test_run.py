@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -251,7 +249,7 @@ def test_what_a_new_user_gets_wrong_ends_in_one_clear_line(write_recipe, changes
 def test_another_runs_folder_is_not_overwritten(write_recipe, tmp_path):
     run.main([write_recipe(max_steps=1)])
     before = adapter(tmp_path / "out")
-    with pytest.raises(SystemExit, match=r"already holds a run of another recipe \(.*learning_rate"):
+    with pytest.raises(SystemExit, match=r"(?s)already holds a run of another recipe \(.*learning_rate: 0.001 → 0.5"):
         run.main([write_recipe(max_steps=1, learning_rate=0.5)])
     assert all(torch.equal(weight, before[name]) for name, weight in adapter(tmp_path / "out").items())
 
@@ -375,46 +373,6 @@ def test_previewing_the_burberry_recipe_says_what_it_would_need(capsys, monkeypa
     assert "the recipe is right" in printed
     assert "microsoft/Phi-3-vision-128k-instruct" in printed
     assert "DBQ/Burberry.Product.prices.United.States" in printed
-
-
-@pytest.mark.timeout(280)
-def test_two_processes_launched_by_accelerate_train_as_one(write_recipe, tmp_path):
-    """Real data-parallel processes over gloo: same loss and weights as one process with twice the batch."""
-    config = tmp_path / "ddp.yaml"
-    config.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\n"
-        "num_machines: 1\nnum_processes: 2\nmixed_precision: 'no'\nmain_process_port: 0\n"
-    )
-    keys = {
-        "lora_dropout": 0.0,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "eval_rows": 3,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-    }
-    keys |= {"eval_strategy": "steps", "eval_steps": 2, "max_grad_norm": 0}  # clipping would hide a wrong scale
-    one = write_recipe(**keys, per_device_train_batch_size=4, output_dir=str(tmp_path / "one"))
-    run.main([one])
-    two = write_recipe(**keys, per_device_train_batch_size=2, output_dir=str(tmp_path / "two"))
-    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(config)]
-    result = subprocess.run(
-        [*launch, "sft_phi3v/run.py", two], cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("rows: 32 to train on") == 1  # only one of them speaks
-
-    def history(name):
-        entries = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-        return [
-            entry.get("loss", entry.get("eval_loss")) for entry in entries if "loss" in entry or "eval_loss" in entry
-        ]
-
-    assert history("two") == pytest.approx(history("one"), abs=2e-3)
-    first, second = adapter(tmp_path / "one"), adapter(tmp_path / "two")
-    assert all(torch.allclose(first[name].float(), second[name].float(), atol=2e-3) for name in first)
-    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
-    assert metrics[0]["before"] == metrics[1]["before"]
 
 
 def test_help_is_quick_and_says_where_keys_are_described(capsys):

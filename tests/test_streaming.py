@@ -187,7 +187,7 @@ def test_a_run_that_goes_on_passes_over_rows_without_decoding_or_even_reading_th
 def decoding(examples):
     for example in examples:
         example["images"][0].load()
-    return {"row": [example["row"] for example in examples]}
+    return {"row": [example["row"] for example in examples], "labels": torch.zeros(len(examples), 1)}
 
 
 def test_passed_rows_are_not_even_read(monkeypatch):
@@ -291,7 +291,7 @@ from sft_phi3v import run
 from sft_phi3v.recipe import load_recipe
 
 recipe, rows = load_recipe(sys.argv[1:]), []
-trainer, evaluation = run.set_up(recipe)
+trainer, evaluation, checkpoint = run.set_up(recipe)
 collator = trainer.data_collator
 trainer.data_collator = lambda examples: rows.append([example["row"] for example in examples]) or collator(examples)
 run.train(recipe, trainer, evaluation)
@@ -300,6 +300,7 @@ with open(f"{recipe.training.output_dir}/rows-{os.environ['RANK']}.json", "w") a
 """
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(280)
 def test_two_processes_share_the_rows_also_where_only_one_has_pictures(stream_recipe, tmp_path):
     config, script = tmp_path / "ddp.yaml", tmp_path / "launched.py"
