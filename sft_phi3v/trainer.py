@@ -173,9 +173,8 @@ class Trainer(SFTTrainer):
         self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
     ) -> None:
         step, epoch = self.state.global_step, float(self.state.epoch or 0)
-        ending = (
-            epoch == int(epoch) and self._last_of_epoch != step
-        )  # this is called once more after an epoch's last step
+        # After an epoch's last step this is called twice, the second time for what is due once an epoch.
+        ending = epoch == int(epoch) and self._last_of_epoch != step
         self._last_of_epoch = step
         self._due, stopping = False, not ending and INTERRUPTION.agreed()
         if stopping:
@@ -224,9 +223,9 @@ class Trainer(SFTTrainer):
             self.tracking.log_model(kind, lambda: trained_files(self.recipe, folder), when, alias)
 
     def checkpoint_size(self) -> int:
-        """Bytes of a checkpoint, at most: what is trained, and AdamW's two moments of it."""
+        """Bytes of a checkpoint, at most: what is trained, AdamW's two moments of it, and what FSDP saves once more."""
         trained = [parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad]
-        return 4 * MOMENTS * sum(trained)
+        return 4 * (MOMENTS + self.is_fsdp_enabled) * sum(trained)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside or super()._get_output_dir(trial))
@@ -286,8 +285,8 @@ class Trainer(SFTTrainer):
             shutil.rmtree(folder / ASIDE, ignore_errors=True)
             left = next((str(path) for path in checkpoints(folder)), "none")
             raise Halted(
-                f"{target} could not be written: {first_line(error)}\nThe last whole checkpoint is {left}. Make room, "
-                "or put right what is wrong with the disk; the same command then goes on from there."
+                f"{target} could not be written: {type(error).__name__}: {first_line(error)}\nThe last whole "
+                f"checkpoint is {left}. Make room, or put right what is wrong; the same command then goes on from there."
             ) from error
         finally:
             self._aside = None

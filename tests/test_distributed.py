@@ -428,7 +428,13 @@ def test_what_would_run_as_something_else_is_refused(place, started, config, cha
     base = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": 2, "mixed_precision": "no"}
     (place / "wrong.yaml").write_text(yaml.safe_dump(base | config | {"main_process_port": 0}))
     accelerate, log = str(Path(sys.executable).with_name("accelerate")), place / f"{name}.log"
-    command = [accelerate, "launch", "--config_file", str(place / "wrong.yaml"), LAUNCHED]
+    command = [
+        accelerate,
+        "launch",
+        "--config_file",
+        str(place / "wrong.yaml"),
+        LAUNCHED if "ddp_backend" in changes else RUN,
+    ]
     assert started([*command, str(write(place, name, changes))], log).wait(120) != 0
     assert re.search(rf"error: .*({said})", log.read_text()), log.read_text()[-3000:]
     assert not [*(place / name).glob("checkpoint-*")]
