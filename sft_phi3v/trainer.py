@@ -286,7 +286,7 @@ class Trainer(SFTTrainer):
             left = next((str(path) for path in checkpoints(folder)), "none")
             raise Halted(
                 f"{target} could not be written: {type(error).__name__}: {first_line(error)}\nThe last whole "
-                f"checkpoint is {left}. Make room, or put right what is wrong; the same command then goes on from there."
+                f"checkpoint is {left}. Make room, or put right what is wrong; the same command then goes on from it."
             ) from error
         finally:
             self._aside = None
