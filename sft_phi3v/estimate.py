@@ -1,0 +1,559 @@
+"""Does a recipe fit a GPU, and what does an epoch cost on it: arithmetic on sizes, before anything is loaded.
+
+The largest batch that a recipe can draw decides about memory ([`Shape`]). A step has five moments that can be its
+fullest, and the one that is names the peak ([`Memory.moment`]):
+
+    CLIP reads → … → loss → last layer back → … → first layer back → CLIP back (if trained) → optimiser step
+    └ nothing kept    └ everything kept        └ all gradients there                         └ gradients
+
+`docs/fit.md` has every formula with its reason, and what was measured against it.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from sft_phi3v.activations import Layer, Numerics, decoder_layer, vision_forward, vision_layer
+from sft_phi3v.collator import Lengths
+from sft_phi3v.model import NEVER_QUANTISED, PARTS, target_pattern
+from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM
+from sft_phi3v.phi3_v.image_processing_phi3_v import CROP, num_image_tokens, scaled_size
+from sft_phi3v.recipe import Recipe
+
+GB = 1e9
+CONTEXT = 550_000_000  # CUDA's own: 0.4 to 0.6 GB by card and driver; not torch's, so max_memory_allocated lacks it
+FRAGMENTATION = 0.05  # of what a step allocates and frees: assumed
+SCORED_AT_ONCE, VOCABULARY_AT_ONCE = 4096, 32768  # tokens and vocabulary of one tile of TRL's fused LM head
+
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# Numbers kept per trained number, bytes of each, and whether they may be moved to the CPU when memory is short.
+OPTIMISERS: dict[str, tuple[int, int, bool]] = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_anyprecision", "stable_adamw"), (2, 4, False)),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit"), (2, 1, False)),
+    "paged_adamw_32bit": (2, 4, True),
+    "paged_adamw_8bit": (2, 1, True),
+    "sgd": (0, 4, False),
+    **dict.fromkeys(("adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_32bit", "lion_32bit"), (1, 4, False)),
+    **dict.fromkeys(("lion_8bit", "rmsprop_bnb_8bit"), (1, 1, False)),
+    "paged_lion_32bit": (1, 4, True),
+    "paged_lion_8bit": (1, 1, True),
+    "ademamix": (3, 4, False),
+    "ademamix_8bit": (3, 1, False),
+    "paged_ademamix_32bit": (3, 4, True),
+    "paged_ademamix_8bit": (3, 1, True),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """
+    The largest batch that rows can make: each number is the largest of any row.
+
+    Args:
+        rows (`int`): Rows per device and step.
+        tokens (`int`): Tokens per row, padded.
+        image_tokens (`int`): Of these, a row's pictures'.
+        crops (`int`): Crops per row, each picture's global one among them.
+        supervised (`int`): Supervised tokens per row.
+        sizes (`tuple[tuple[int, int], ...]`): Width and height of the pictures of the row with the most image tokens.
+        padded (`bool`): Whether a batch may hold rows of several lengths.
+    """
+
+    rows: int
+    tokens: int
+    image_tokens: int
+    crops: int
+    supervised: int
+    sizes: tuple[tuple[int, int], ...] = ()
+    padded: bool = False
+
+    @classmethod
+    def of(cls, lengths: Sequence[Lengths], recipe: Recipe, num_crops: int) -> "Shape":
+        """
+        Args:
+            lengths (sequence of [`Lengths`]): Of every row that may be trained on.
+            recipe ([`Recipe`]): Its batch size, and `pad_to_multiple_of`.
+            num_crops (`int`): Most local crops of a picture.
+
+        Returns:
+            [`Shape`]: The largest batch.
+        """
+        rows, multiple = recipe.training.per_device_train_batch_size, recipe.training.pad_to_multiple_of or 1
+        longest = max(found.tokens for found in lengths)
+        fullest = max(lengths, key=lambda found: found.image_tokens)
+        return cls(
+            rows=rows,
+            tokens=-(-longest // multiple) * multiple,
+            image_tokens=fullest.image_tokens,
+            crops=max(sum(math.prod(grid(size, num_crops)) + 1 for size in found.sizes) for found in lengths),
+            supervised=max(found.supervised for found in lengths),
+            sizes=fullest.sizes,
+            padded=rows > 1 and len({found.tokens for found in lengths}) > 1,
+        )
+
+    @classmethod
+    def worst(cls, recipe: Recipe, num_crops: int, *, text: int = 64, supervised: int = 32) -> "Shape":
+        """Without any row: one square picture per row, and so many tokens of text, of which some are supervised."""
+        size = (CROP * math.isqrt(num_crops),) * 2
+        made = cls(recipe.training.per_device_train_batch_size, text, 0, 0, supervised, (size,))
+        return made.with_crops(num_crops)
+
+    def with_crops(self, num_crops: int) -> "Shape":
+        """The same rows, with their pictures cut into at most so many crops."""
+        grids = [grid(size, num_crops) for size in self.sizes]
+        image_tokens = sum(num_image_tokens(*found) for found in grids)
+        crops = sum(math.prod(found) + 1 for found in grids)
+        tokens = self.tokens - self.image_tokens + image_tokens
+        return replace(self, tokens=tokens, image_tokens=image_tokens, crops=crops)
+
+
+def grid(size: tuple[int, int], num_crops: int) -> tuple[int, int]:
+    """Rows and columns of local crops of a picture of this width and height."""
+    (width, height), transposed = scaled_size(*size, num_crops)
+    rows, columns = math.ceil(height / CROP), width // CROP
+    return (columns, rows) if transposed else (rows, columns)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    What of a recipe decides about memory and time. What `estimate_memory` and the rest are asked about.
+
+    Args:
+        dtype (`str`): Of weights that are not quantised: bfloat16, float16, float32, or auto for the checkpoint's own.
+        autocast (`bool`): `bf16` or `fp16`.
+        bits (`int`, *optional*): 4 or 8 where the decoder's linears are quantised.
+        nested (`bool`): Double quantisation.
+        lora (`bool`): Adapters; else every weight that is computed is trained.
+        adapt (`tuple[str, ...]`): Parts with adapters.
+        targets (`str` or `tuple[str, ...]`, *optional*): The recipe's own `lora_target_modules`.
+        rank (`int`), dropout (`float`): LoRA's.
+        checkpointing (`bool`): Activation checkpointing.
+        attention (`str`): sdpa, flash_attention_2 or eager.
+        optimiser (`str`): Its name in transformers.
+        rows (`int`), accumulation (`int`): Rows per device and forward pass, and passes per step.
+        processes (`int`): GPUs.
+        sharded (`bool`): FSDP: weights, gradients and optimiser are shared out over them.
+        cuda (`bool`): `False` describes a step on a CPU, which keeps wider dropout masks and scores every position.
+    """
+
+    dtype: str = "bfloat16"
+    autocast: bool = True
+    bits: int | None = None
+    nested: bool = False
+    lora: bool = True
+    adapt: tuple[str, ...] = ("language_model",)
+    targets: str | tuple[str, ...] | None = None
+    rank: int = 16
+    dropout: float = 0.05
+    checkpointing: bool = True
+    attention: str = "sdpa"
+    optimiser: str = "adamw_torch_fused"
+    rows: int = 1
+    accumulation: int = 1
+    processes: int = 1
+    sharded: bool = False
+    cuda: bool = True
+
+    @classmethod
+    def of(cls, recipe: Recipe, *, processes: int = 1) -> "Setting":
+        """The setting of a recipe, on so many GPUs."""
+        model, training = recipe.model, recipe.training
+        targets = model.lora_target_modules
+        return cls(
+            dtype=str(model.dtype or "float32"),
+            autocast=bool(training.bf16 or training.fp16),
+            bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else None,
+            nested=model.use_bnb_nested_quant,
+            lora=model.use_peft,
+            adapt=tuple(recipe.task.adapt),
+            targets=tuple(targets) if isinstance(targets, list) else targets,
+            rank=model.lora_r,
+            dropout=model.lora_dropout,
+            checkpointing=bool(recipe.settings.get("activation_checkpointing")),
+            attention=model.attn_implementation or "sdpa",
+            optimiser=str(getattr(training.optim, "value", training.optim)),
+            rows=training.per_device_train_batch_size,
+            accumulation=training.gradient_accumulation_steps,
+            processes=processes,
+            sharded=bool(training.fsdp),
+            cuda=not training.use_cpu,
+        )
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of the base model: its part, its shape, whether it is a linear's, and whether it is ever computed."""
+
+    name: str
+    part: str
+    shape: tuple[int, ...]
+    linear: bool
+    computed: bool
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def weights_of(config: Phi3VConfig) -> tuple[Weight, ...]:
+    """Every tensor of the model, from one that is built without memory."""
+    model = _meta_model(config)
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unused = re.compile(
+        "|".join(
+            [r"model\.vision_tower\.post_layernorm\.", r"model\.vision_tower\.embeddings\.position_ids"]
+            + [
+                rf"model\.vision_tower\.encoder\.layers\.{layer}\."
+                for layer in range(model.model.vision_layers, config.vision_config.num_hidden_layers)
+            ]
+        )
+    )
+    return tuple(
+        Weight(
+            name=name,
+            part=next(part for part, prefix in PARTS.items() if name.startswith(prefix)),
+            shape=tuple(weight.shape),
+            linear=name in linears,
+            computed=not unused.match(name),
+        )
+        for name, weight in model.named_parameters()
+    )
+
+
+def _meta_model(config: Phi3VConfig) -> Phi3VForCausalLM:
+    with torch.device("meta"):
+        return Phi3VForCausalLM(config)
+
+
+def adapted_weights(setting: Setting, config: Phi3VConfig, weights: Iterable[Weight]) -> list[Weight]:
+    """The linears that get LoRA, as PEFT finds them: one string is a pattern for the whole name, several are ends."""
+    if not setting.lora:
+        return []
+    targets = setting.targets or target_pattern(setting.adapt, _meta_model(config))
+    linears = [(weight, weight.name.removesuffix(".weight")) for weight in weights if weight.linear]
+    if isinstance(targets, str):
+        return [weight for weight, name in linears if re.fullmatch(targets, name)]
+    return [weight for weight, name in linears if any(f".{name}".endswith(f".{end}") for end in targets)]
+
+
+def quantised(weight: Weight) -> bool:
+    """Whether this tensor is stored in 4 or 8 bits where the recipe quantises."""
+    return weight.linear and not any(weight.name.startswith(f"{part}.") for part in NEVER_QUANTISED)
+
+
+def stored_bytes(weight: Weight, setting: Setting, width: int) -> int:
+    """
+    Bytes of one weight on the device, with its quantisation constants.
+
+    Args:
+        weight ([`Weight`]): The tensor.
+        setting ([`Setting`]): How it is stored.
+        width (`int`): Bytes per number that is not quantised.
+
+    Returns:
+        `int`: Bytes.
+    """
+    if setting.bits is None or not quantised(weight):
+        return weight.numel * width
+    if setting.bits == 8:
+        return weight.numel + weight.shape[0] * 4  # and one float32 scale per row
+    blocks = -(-weight.numel // 64)
+    code = 16 * 4
+    if not setting.nested:
+        return -(-weight.numel // 2) + blocks * 4 + code  # a float32 scale per 64 numbers
+    # The scales in 8 bits, their own float32 scale per 256 of them, their code book, and their mean.
+    return -(-weight.numel // 2) + blocks + -(-blocks // 256) * 4 + 256 * 4 + 4 + code
+
+
+def optimiser_bytes(optimiser: str, shapes: Iterable[tuple[int, ...]]) -> int:
+    """
+    What an optimiser keeps on the GPU for tensors of these shapes.
+
+    Args:
+        optimiser (`str`): `optim`, as transformers names it.
+        shapes (iterable of `tuple[int, ...]`): The trained tensors.
+
+    Returns:
+        `int`: Bytes. Paged states count where they cannot leave the GPU.
+
+    Raises:
+        ValueError: If nothing is known about that optimiser.
+    """
+    if optimiser == "adafactor":  # a row's and a column's mean of squares; all of a vector's
+        return sum(4 * (sum(shape[-2:]) * math.prod(shape[:-2]) if len(shape) > 1 else shape[0]) for shape in shapes)
+    if optimiser not in OPTIMISERS:
+        known = ", ".join(sorted([*OPTIMISERS, "adafactor"]))
+        raise ValueError(f"`optim` is {optimiser!r}, whose memory is not known. Known are {known}.")
+    states, width, paged = OPTIMISERS[optimiser]
+    total = 0
+    for numel in map(math.prod, shapes):
+        if paged and numel >= 100_000:
+            continue
+        small = width == 1 and numel < 4096  # bitsandbytes keeps these in float32
+        total += states * (numel * (4 if small else width) + (-(-numel // 256) * 4 if width == 1 and not small else 0))
+    return total
+
+
+@dataclass(frozen=True)
+class Memory:
+    """
+    The peak of a training step on one GPU.
+
+    Args:
+        parts (`Mapping[str, int]`): Bytes by what holds them; together they are the peak.
+        moment (`str`): When in a step that is.
+        shape ([`Shape`]): The batch.
+    """
+
+    parts: Mapping[str, int]
+    moment: str
+    shape: Shape
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def allocated(self) -> int:
+        """What torch allocates: `torch.cuda.max_memory_allocated`, which knows no context and no gaps."""
+        return self.total - self.parts.get("CUDA context", 0) - self.parts.get("fragmentation", 0)
+
+
+def estimate_memory(recipe: Recipe, config: Phi3VConfig, shape: Shape, *, processes: int = 1) -> Memory:
+    """
+    The most memory that a training step takes on one GPU.
+
+    Args:
+        recipe ([`Recipe`]): The recipe.
+        config ([`Phi3VConfig`]): Of its base model.
+        shape ([`Shape`]): Its largest batch.
+        processes (`int`, *optional*, defaults to `1`): GPUs.
+
+    Returns:
+        [`Memory`]: Bytes, part by part.
+
+    Raises:
+        ValueError: If nothing is known about the recipe's optimiser.
+    """
+    return memory_of(Setting.of(recipe, processes=processes), config, weights_of(config), shape)
+
+
+def memory_of(setting: Setting, config: Phi3VConfig, weights: Sequence[Weight], shape: Shape) -> Memory:
+    """As [`estimate_memory`], for a setting that no recipe needs to hold; `weights` from [`weights_of`]."""
+    step = _Step(setting, config, weights, shape)
+    shares = setting.processes if setting.sharded else 1
+    fixed: dict[str, int] = {}
+    for weight in weights:
+        few = setting.bits is not None and quantised(weight)
+        key = f"weights: {weight.part} ({f'{setting.bits}-bit' if few else step.dtype})"
+        fixed[key] = fixed.get(key, 0) + stored_bytes(weight, setting, step.stored)
+    if setting.lora:
+        fixed["LoRA (float32)"] = 4 * step.trained
+    fixed[f"optimiser ({setting.optimiser})"] = optimiser_bytes(setting.optimiser, step.trained_shapes)
+    fixed = {key: value // shares for key, value in fixed.items()}
+    moments = step.moments(shares)
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    parts = {**fixed, **moments[moment]}
+    if setting.cuda:
+        parts["fragmentation"] = round(FRAGMENTATION * sum(moments[moment].values()))
+        parts["CUDA context"] = CONTEXT
+    return Memory(parts, moment, shape)
+
+
+class _Step:
+    """The moments of one training step, and what lives in each."""
+
+    def __init__(self, setting: Setting, config: Phi3VConfig, weights: Sequence[Weight], shape: Shape):
+        self.setting, self.config, self.weights, self.shape = setting, config, weights, shape
+        own = str(config.dtype or "float32").removeprefix("torch.")
+        self.dtype = own if setting.dtype == "auto" else setting.dtype
+        self.stored = DTYPES[self.dtype]
+        self.kind = Numerics(
+            stored=self.stored,
+            autocast=2 if setting.autocast else None,
+            quantised=setting.bits is not None,
+            full=not setting.lora,
+            rank=setting.rank,
+            dropout=setting.dropout if setting.lora else 0.0,
+            attention=setting.attention,
+            padded=shape.padded,
+            cuda=setting.cuda,
+        )
+        self.adapted = adapted_weights(setting, config, weights)
+        self.trained_shapes = [
+            shape for one in self.adapted for shape in ((setting.rank, one.shape[1]), (one.shape[0], setting.rank))
+        ] or [weight.shape for weight in weights if weight.computed]
+        self.trained = sum(map(math.prod, self.trained_shapes))
+        self.parts = set(PARTS) if not setting.lora else {weight.part for weight in self.adapted}
+        self.n, self.width = shape.rows * shape.tokens, config.hidden_size
+
+    def decoder(self) -> Layer:
+        return decoder_layer(
+            rows=self.shape.rows,
+            tokens=self.shape.tokens,
+            hidden=self.width,
+            inner=self.config.intermediate_size,
+            heads=self.config.num_attention_heads,
+            kv_heads=self.config.num_key_value_heads or self.config.num_attention_heads,
+            kind=self.kind,
+            adapted="language_model" in self.parts and self.setting.lora,
+        )
+
+    @property
+    def vision_layers(self) -> int:
+        return range(self.config.vision_config.num_hidden_layers + 1)[
+            (self.config.img_processor or {}).get("layer_idx", -2)
+        ]
+
+    @property
+    def patches(self) -> int:
+        vision = self.config.vision_config
+        return self.shape.rows * self.shape.crops * ((vision.image_size // vision.patch_size) ** 2 + 1)
+
+    def vision(self) -> Layer:
+        vision = self.config.vision_config
+        return vision_layer(
+            patches=self.patches,
+            width=vision.hidden_size,
+            inner=vision.intermediate_size,
+            heads=vision.num_attention_heads,
+            kind=self.kind,
+            adapted=self.setting.lora,
+        )
+
+    def projector_saved(self) -> int:
+        """Inputs of both linears and of the GELU between, where the projector or CLIP before it is trained."""
+        if not {"projector", "vision_tower"} & self.parts:
+            return 0
+        image, compute = self.shape.rows * self.shape.image_tokens, self.kind.compute
+        merged = 4 * self.config.vision_config.hidden_size
+        saved = image * self.width * compute  # GELU's input
+        if "projector" in self.parts:
+            saved += image * (merged + self.width) * (compute if self.kind.full else self.kind.adapter)
+            if self.kind.dropout:
+                given = 1 if self.setting.cuda else 4
+                saved += image * (merged + self.width) * given
+        return saved
+
+    def cast(self, prefix: str = "", *, layers: int = 1) -> int:
+        """
+        Copies that autocast makes of weights that are not stored as it computes: of one layer of `layers`, or of all
+        that start with `prefix`.
+        """
+        if not self.setting.autocast:
+            return 0
+        total = sum(
+            weight.numel
+            for weight in self.weights
+            if weight.linear and weight.computed and weight.name.startswith(prefix) and weight.part != "lm_head"
+            if self.stored != 2 and not (self.setting.bits and quantised(weight))
+        )
+        adapters = [weight for weight in self.adapted if weight.name.startswith(prefix)]
+        total += self.setting.rank * sum(sum(weight.shape) for weight in adapters)
+        return 2 * total // layers
+
+    def dequantised(self) -> int:
+        """The largest 4-bit weight, as it is computed with."""
+        if not self.setting.bits:
+            return 0
+        return self.kind.compute * max(weight.numel for weight in self.weights if quantised(weight))
+
+    def head(self) -> dict[str, int]:
+        """TRL's fused LM head: a tile of logits, its gradient by hidden states, and float32 sums."""
+        shape, vocabulary = self.shape, self.config.vocab_size
+        scored = shape.rows * (shape.supervised if self.setting.cuda else shape.tokens - 1)
+        tile = min(scored, SCORED_AT_ONCE) * VOCABULARY_AT_ONCE
+        # Without Triton a tile is worked on in float32: z, log p, p, the gradient, and one that is on its way.
+        logits = tile * self.kind.compute + (0 if self.setting.cuda else 5 * tile_used(scored, vocabulary) * 4)
+        logits += scored * self.width * 4  # the gradient by hidden states
+        if self.stored != self.kind.compute:
+            logits += min(vocabulary, VOCABULARY_AT_ONCE) * self.width * self.kind.compute
+        if self.setting.cuda or shape.rows > 1:
+            logits += scored * self.width * self.stored  # the hidden states that are scored, put together
+        return {"logits": logits}
+
+    def moments(self, shares: int) -> dict[str, dict[str, int]]:
+        """What there is beside weights, adapters and optimiser, at each moment that can be the fullest."""
+        setting, kind, shape = self.setting, self.kind, self.shape
+        layer, layers = self.decoder(), self.config.num_hidden_layers
+        input_grad = kind.full or setting.checkpointing or bool({"projector", "vision_tower"} & self.parts)
+        one = layer.saved + layer.working  # of the layer that is recomputed
+        kept = layers * layer.stream if setting.checkpointing else layers * layer.saved - (not input_grad) * layer.less
+        pixels = shape.rows * shape.crops * 3 * CROP * CROP * 4
+        kept += pixels + (shape.rows * shape.tokens**2 if kind.attention == "sdpa" and shape.padded else 0)
+        if kind.attention == "eager":
+            kept += shape.rows * shape.tokens**2 * self.stored
+        trained_vision = "vision_tower" in self.parts
+        vision = self.vision() if trained_vision else Layer(0, 0, 0, 0)
+        seen = self.vision_layers * (vision.stream if setting.checkpointing else vision.saved) + self.projector_saved()
+        stream = self.n * self.width * self.stored
+        last_norm = self.n * self.width * 4 + (stream if kind.full else 0) + stream
+        decoder, tower = "model.language_model.layers.", "model.vision_tower."
+        every = self.cast()
+        some = self.cast(decoder, layers=layers) if setting.checkpointing else every
+        some_vision = self.cast(tower, layers=self.vision_layers) if setting.checkpointing else every
+        gradients = 4 * self.trained // shares
+        buckets = gradients if setting.processes > 1 and not setting.sharded else 0
+        before = gradients + buckets if setting.accumulation > 1 else buckets
+        after = gradients + buckets
+        gathered = self.gathered()
+        product = max((weight.numel for weight in self.weights if weight.linear and weight.part != "lm_head"), default=0)
+        product *= kind.compute if kind.full else 0  # the gradient of one weight, before it is added up
+        head_gradient = 4 * self.config.vocab_size * self.width if kind.full and before else 0
+        frozen = vision_forward(
+            patches=self.patches,
+            crops=shape.rows * shape.crops,
+            width=self.config.vision_config.hidden_size,
+            inner=self.config.vision_config.intermediate_size,
+            kind=kind.without_quantisation(),
+        )
+        extra = {"dequantised weight": self.dequantised()} if setting.bits else {}
+        if setting.sharded:
+            extra["gathered layers"] = gathered
+
+        def moment(activations: int, casts: int, grads: int, **more: int) -> dict[str, int]:
+            return {"activations": activations, "casts by autocast": casts, "gradients": grads, **extra, **more}
+
+        # At the loss, casts of frozen weights are gone under checkpointing; those of trained ones stay cached.
+        cached = every if not setting.checkpointing or kind.full else self.cast_adapters()
+        found = {
+            "CLIP reads": moment(max(frozen, seen + vision.working), self.cast_adapters(), before),
+            "loss": moment(kept + seen + last_norm + 2 * stream, cached, before, **self.head()),
+            "last layer back": moment(
+                kept + seen + (one if setting.checkpointing else layer.working) + stream + product, some, before
+            ),
+            "first layer back": moment(
+                seen + pixels + layer.saved + layer.working + stream + product, self.cast(decoder, layers=layers), after
+            ),
+            "optimiser step": moment(0, 0, after + (gradients if setting.optimiser == "adamw_torch" else 0)),
+        }
+        if head_gradient:
+            found["loss"]["gradients"] += head_gradient
+        if trained_vision:
+            found["CLIP back"] = moment(
+                seen + pixels + (vision.saved if setting.checkpointing else 0) + vision.working + product,
+                some_vision,
+                after,
+            )
+        return found
+
+    def cast_adapters(self) -> int:
+        """Copies of all adapters, which autocast keeps until the forward pass is over."""
+        return 2 * self.trained if self.setting.autocast and self.setting.lora else 0
+
+    def gathered(self) -> int:
+        """Two decoder layers put together from their shards: the one at work and the next."""
+        decoder = [weight for weight in self.weights if weight.name.startswith("model.language_model.layers.")]
+        total = sum(stored_bytes(weight, self.setting, self.kind.compute) for weight in decoder)
+        return 2 * total // self.config.num_hidden_layers
+
+
+def tile_used(scored: int, vocabulary: int) -> int:
+    """Logits of one tile that are there: the vocabulary may be smaller than a tile is wide."""
+    return min(scored, SCORED_AT_ONCE) * min(vocabulary, VOCABULARY_AT_ONCE)
