@@ -49,8 +49,8 @@ class Numerics:
 
     @property
     def casts(self) -> bool:
-        """Whether PEFT makes its adapters' input float32: not where a 4-bit linear meets autocast."""
-        return not (self.quantised and self.autocast)
+        """Whether PEFT makes its adapters' input float32: not where a 4-bit linear meets CUDA's autocast."""
+        return not (self.quantised and self.autocast and self.cuda)
 
     def without_quantisation(self) -> "Numerics":
         """The same for parts that are never quantised."""
@@ -110,12 +110,12 @@ def decoder_layer(
     norm = n * hidden * 4 + n * 4  # the input in float32, and one number per token
     if kind.full:
         norm += n * hidden * stored  # for the gradient of its weight
-    attention = n * (2 * hidden + 2 * keys) * compute  # the output of qkv_proj, of which values are a part; output
-    attention += n * hidden * compute + n * (keys if kv_heads == heads else 2 * hidden) * compute  # rotated, repeated
+    attention = n * hidden * compute + n * (keys if kv_heads == heads else 2 * hidden) * compute  # rotated, repeated
     scores = rows * heads * tokens * tokens
     if kind.attention == "eager":
-        attention += scores * (4 + (compute if compute != 4 else 0))
+        attention += n * hidden * compute + scores * (4 + (compute if compute != 4 else 0))  # a copy of the values
     else:
+        attention += n * (2 * hidden + 2 * keys) * compute  # all of qkv_proj, of which values are a part; the output
         attention += n * heads * 4
         if kind.attention == "sdpa" and kind.padded:
             attention += rows * tokens * tokens * compute

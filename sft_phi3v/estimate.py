@@ -346,18 +346,12 @@ def estimate_memory(recipe: Recipe, config: Phi3VConfig, shape: Shape, *, proces
 
 def memory_of(setting: Setting, config: Phi3VConfig, weights: Sequence[Weight], shape: Shape) -> Memory:
     """As [`estimate_memory`], for a setting that no recipe needs to hold; `weights` from [`weights_of`]."""
-    step = _Step(setting, config, weights, shape)
-    shares = setting.processes if setting.sharded else 1
-    fixed: dict[str, int] = {}
-    for weight in weights:
-        few = setting.bits is not None and quantised(weight)
-        key = f"weights: {weight.part} ({f'{setting.bits}-bit' if few else step.dtype})"
-        fixed[key] = fixed.get(key, 0) + stored_bytes(weight, setting, step.stored)
+    step = Step(setting, config, weights, shape)
+    fixed = step.weights_stored()
     if setting.lora:
-        fixed["LoRA (float32)"] = 4 * step.trained
-    fixed[f"optimiser ({setting.optimiser})"] = optimiser_bytes(setting.optimiser, step.trained_shapes)
-    fixed = {key: value // shares for key, value in fixed.items()}
-    moments = step.moments(shares)
+        fixed["LoRA (float32)"] = 4 * step.trained // step.shares
+    fixed[f"optimiser ({setting.optimiser})"] = step.optimiser()
+    moments = step.moments()
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {**fixed, **moments[moment]}
     if setting.cuda:
@@ -366,7 +360,7 @@ def memory_of(setting: Setting, config: Phi3VConfig, weights: Sequence[Weight], 
     return Memory(parts, moment, shape)
 
 
-class _Step:
+class Step:
     """The moments of one training step, and what lives in each."""
 
     def __init__(self, setting: Setting, config: Phi3VConfig, weights: Sequence[Weight], shape: Shape):
@@ -392,6 +386,20 @@ class _Step:
         self.trained = sum(map(math.prod, self.trained_shapes))
         self.parts = set(PARTS) if not setting.lora else {weight.part for weight in self.adapted}
         self.n, self.width = shape.rows * shape.tokens, config.hidden_size
+        self.shares = setting.processes if setting.sharded else 1
+
+    def weights_stored(self) -> dict[str, int]:
+        """Bytes of the base model's weights, by part and storage."""
+        stored: dict[str, int] = {}
+        for weight in self.weights:
+            few = self.setting.bits is not None and quantised(weight)
+            key = f"weights: {weight.part} ({f'{self.setting.bits}-bit' if few else self.dtype})"
+            stored[key] = stored.get(key, 0) + stored_bytes(weight, self.setting, self.stored)
+        return {key: value // self.shares for key, value in stored.items()}
+
+    def optimiser(self) -> int:
+        """Bytes of the optimiser's states."""
+        return optimiser_bytes(self.setting.optimiser, self.trained_shapes) // self.shares
 
     def decoder(self) -> Layer:
         return decoder_layer(
@@ -469,8 +477,8 @@ class _Step:
         shape, vocabulary = self.shape, self.config.vocab_size
         scored = shape.rows * (shape.supervised if self.setting.cuda else shape.tokens - 1)
         tile = min(scored, SCORED_AT_ONCE) * VOCABULARY_AT_ONCE
-        # Without Triton a tile is worked on in float32: z, log p, p, the gradient, and one that is on its way.
-        logits = tile * self.kind.compute + (0 if self.setting.cuda else 5 * tile_used(scored, vocabulary) * 4)
+        # Without Triton a tile is worked on in float32: seven numbers and a truth value for each logit.
+        logits = tile * self.kind.compute + (0 if self.setting.cuda else 29 * tile_used(scored, vocabulary))
         logits += scored * self.width * 4  # the gradient by hidden states
         if self.stored != self.kind.compute:
             logits += min(vocabulary, VOCABULARY_AT_ONCE) * self.width * self.kind.compute
@@ -478,70 +486,100 @@ class _Step:
             logits += scored * self.width * self.stored  # the hidden states that are scored, put together
         return {"logits": logits}
 
-    def moments(self, shares: int) -> dict[str, dict[str, int]]:
-        """What there is beside weights, adapters and optimiser, at each moment that can be the fullest."""
-        setting, kind, shape = self.setting, self.kind, self.shape
-        layer, layers = self.decoder(), self.config.num_hidden_layers
-        input_grad = kind.full or setting.checkpointing or bool({"projector", "vision_tower"} & self.parts)
-        one = layer.saved + layer.working  # of the layer that is recomputed
-        kept = layers * layer.stream if setting.checkpointing else layers * layer.saved - (not input_grad) * layer.less
-        pixels = shape.rows * shape.crops * 3 * CROP * CROP * 4
-        kept += pixels + (shape.rows * shape.tokens**2 if kind.attention == "sdpa" and shape.padded else 0)
-        if kind.attention == "eager":
-            kept += shape.rows * shape.tokens**2 * self.stored
-        trained_vision = "vision_tower" in self.parts
-        vision = self.vision() if trained_vision else Layer(0, 0, 0, 0)
-        seen = self.vision_layers * (vision.stream if setting.checkpointing else vision.saved) + self.projector_saved()
+    @property
+    def input_grad(self) -> bool:
+        """Whether the decoder's first layer gets a gradient for its input: under checkpointing PEFT asks for it."""
+        return self.kind.full or self.setting.checkpointing or bool({"projector", "vision_tower"} & self.parts)
+
+    def held(self) -> int:
+        """Activations from the decoder's forward pass on: of its layers, the pictures themselves, and masks."""
+        shape, layer, layers = self.shape, self.decoder(), self.config.num_hidden_layers
+        less = 0 if self.input_grad else layer.less
+        held = layers * (layer.stream if self.setting.checkpointing else layer.saved) - less + self.pixels()
+        if self.kind.attention == "sdpa" and shape.padded:
+            held += shape.rows * shape.tokens**2
+        if self.kind.attention == "eager":
+            held += shape.rows * shape.tokens**2 * self.stored
+        return held
+
+    def pixels(self) -> int:
+        """The batch's crops, float32."""
+        return self.shape.rows * self.shape.crops * 3 * CROP * CROP * 4
+
+    def seen(self) -> int:
+        """Activations of CLIP and projector, where these are trained."""
+        if "vision_tower" not in self.parts:
+            return self.projector_saved()
+        vision = self.vision()
+        each = vision.stream if self.setting.checkpointing else vision.saved
+        return self.vision_layers * each + self.projector_saved()
+
+    def last_norm(self) -> int:
+        """What the norm after the last layer keeps, and its output."""
         stream = self.n * self.width * self.stored
-        last_norm = self.n * self.width * 4 + (stream if kind.full else 0) + stream
-        decoder, tower = "model.language_model.layers.", "model.vision_tower."
-        every = self.cast()
-        some = self.cast(decoder, layers=layers) if setting.checkpointing else every
-        some_vision = self.cast(tower, layers=self.vision_layers) if setting.checkpointing else every
-        gradients = 4 * self.trained // shares
-        buckets = gradients if setting.processes > 1 and not setting.sharded else 0
-        before = gradients + buckets if setting.accumulation > 1 else buckets
-        after = gradients + buckets
-        gathered = self.gathered()
-        product = max((weight.numel for weight in self.weights if weight.linear and weight.part != "lm_head"), default=0)
-        product *= kind.compute if kind.full else 0  # the gradient of one weight, before it is added up
-        head_gradient = 4 * self.config.vocab_size * self.width if kind.full and before else 0
-        frozen = vision_forward(
-            patches=self.patches,
-            crops=shape.rows * shape.crops,
-            width=self.config.vision_config.hidden_size,
-            inner=self.config.vision_config.intermediate_size,
-            kind=kind.without_quantisation(),
-        )
+        return self.n * self.width * 4 + (2 if self.kind.full else 1) * stream
+
+    def kept(self) -> int:
+        """Everything but weights that lives from the forward to the backward pass."""
+        casts = 0 if self.setting.checkpointing else self.cast()
+        return self.held() + self.seen() + self.last_norm() + casts
+
+    def moments(self) -> dict[str, dict[str, int]]:
+        """What there is beside weights, adapters and optimiser, at each moment that can be the fullest."""
+        setting, layer = self.setting, self.decoder()
+        again = layer.saved if setting.checkpointing else 0
+        held, seen, stream = self.held(), self.seen(), self.n * self.width * self.stored
+        decoder = self.cast("model.language_model.layers.", layers=self.config.num_hidden_layers)
+        gradients = 4 * self.trained // self.shares
+        buckets = gradients if setting.processes > 1 and not setting.sharded else 0  # DDP sends copies
+        before = buckets + (gradients if setting.accumulation > 1 else 0)
+        after = buckets + gradients
+        product = self.largest_product()
         extra = {"dequantised weight": self.dequantised()} if setting.bits else {}
         if setting.sharded:
-            extra["gathered layers"] = gathered
+            extra["gathered layers"] = self.gathered()
 
-        def moment(activations: int, casts: int, grads: int, **more: int) -> dict[str, int]:
-            return {"activations": activations, "casts by autocast": casts, "gradients": grads, **extra, **more}
+        def moment(activations: int, casts: int, grads: int) -> dict[str, int]:
+            return {"activations": activations, "casts by autocast": casts, "gradients": grads, **extra}
 
-        # At the loss, casts of frozen weights are gone under checkpointing; those of trained ones stay cached.
-        cached = every if not setting.checkpointing or kind.full else self.cast_adapters()
+        every = self.cast()
+        # At the loss, casts of frozen weights are gone under checkpointing; those of trained ones are cached till then.
+        cached = every if self.kind.full or not setting.checkpointing else self.cast_adapters()
+        # A loss over an lm_head that is trained makes that gradient first, beside the one of the passes before.
+        head = 4 * self.config.vocab_size * self.width // self.shares if self.kind.full else 0
         found = {
-            "CLIP reads": moment(max(frozen, seen + vision.working), self.cast_adapters(), before),
-            "loss": moment(kept + seen + last_norm + 2 * stream, cached, before, **self.head()),
+            "CLIP reads": moment(self.reading(), self.cast_adapters(), before),
+            "loss": moment(held + seen + self.last_norm() + 2 * stream, cached, before + head) | self.head(),
             "last layer back": moment(
-                kept + seen + (one if setting.checkpointing else layer.working) + stream + product, some, before
+                held + seen + again + layer.working + stream + product,
+                decoder if setting.checkpointing else every,
+                before + head,
             ),
             "first layer back": moment(
-                seen + pixels + layer.saved + layer.working + stream + product, self.cast(decoder, layers=layers), after
+                self.pixels() + seen + layer.saved + layer.working + stream + product, decoder, after
             ),
             "optimiser step": moment(0, 0, after + (gradients if setting.optimiser == "adamw_torch" else 0)),
         }
-        if head_gradient:
-            found["loss"]["gradients"] += head_gradient
-        if trained_vision:
+        if "vision_tower" in self.parts:
+            vision = self.vision()
             found["CLIP back"] = moment(
-                seen + pixels + (vision.saved if setting.checkpointing else 0) + vision.working + product,
-                some_vision,
+                self.pixels() + seen + (vision.saved if setting.checkpointing else 0) + vision.working + product,
+                self.cast("model.vision_tower.", layers=self.vision_layers if setting.checkpointing else 1),
                 after,
             )
         return found
+
+    def reading(self) -> int:
+        """While CLIP reads and nothing else is there."""
+        vision, kind = self.config.vision_config, self.kind.without_quantisation()
+        sizes = {"width": vision.hidden_size, "inner": vision.intermediate_size, "kind": kind}
+        return vision_forward(patches=self.patches, crops=self.shape.rows * self.shape.crops, **sizes)
+
+    def largest_product(self) -> int:
+        """The gradient of the largest linear as it is computed, before it is added to the others."""
+        if not self.kind.full:
+            return 0
+        return self.kind.compute * max(weight.numel for weight in self.weights if weight.linear)
 
     def cast_adapters(self) -> int:
         """Copies of all adapters, which autocast keeps until the forward pass is over."""
