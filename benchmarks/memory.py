@@ -10,7 +10,6 @@ the same code and the same operations and have every property but their numbers.
 
 import argparse
 import platform
-import time
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -242,7 +241,6 @@ def measure(case: Case, *, data: bool = True) -> Measured:
         live = Live(iter([*every, *constants]))
         with live:
             batch = batch_of(case)
-            started = live.now
             with torch.autocast("cpu", torch.bfloat16, enabled=case.setting.autocast):
                 output = model(**batch, fused_lm_head=True)
             loss = -output.log_probs.sum()
@@ -250,7 +248,6 @@ def measure(case: Case, *, data: bool = True) -> Measured:
             del output
             loss.backward()
             del loss
-        del started
         trained = [weight for weight in model.parameters() if weight.grad is not None]
         optimiser = torch.optim.AdamW(trained, fused=data)
         optimiser.step()
@@ -341,7 +338,6 @@ def main() -> None:
     print("| setting | weights and adapters | gradients | optimiser | kept for the backward pass | peak of the rest | off |")
     print("|---|---|---|---|---|---|---|")
     for case in full_size() if options.full_size else mid_size():
-        start = time.monotonic()
         # Tensors without data have no values to see that nothing is padding, so that sdpa always gets its mask.
         case = replace(case, shape=replace(case.shape, padded=True)) if options.full_size else case
         found, said = measure(case, data=not options.full_size), estimated(case)
@@ -350,7 +346,6 @@ def main() -> None:
             cells.append(f"{getattr(found, name) / 1e6:,.1f} / {getattr(said, name) / 1e6:,.1f}")
         off = f"{said.peak / found.peak - 1:+.1%}"
         print(f"| {case.name} | {' | '.join(cells)} | {off} |", flush=True)
-        del start
 
 
 if __name__ == "__main__":

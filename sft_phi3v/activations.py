@@ -24,7 +24,7 @@ class Numerics:
         dropout (`float`): LoRA's.
         attention (`str`): `"eager"` keeps tokens × tokens numbers per head, others do not.
         padded (`bool`): Whether rows differ in length: sdpa then takes a mask of tokens × tokens numbers per row.
-        cuda (`bool`): On a CPU, a dropout mask is as wide as what is dropped, and attention's output is copied.
+        cuda (`bool`): On a CPU, a dropout mask is as wide as what is dropped, and norms are not float32.
     """
 
     stored: int
@@ -120,13 +120,12 @@ def decoder_layer(
         if kind.attention == "sdpa" and kind.padded:
             attention += rows * tokens * tokens * compute
     swiglu = n * 3 * inner * compute  # gate and up, silu(gate)
-    copied = 0 if kind.cuda else n * hidden * compute
-    if kind.full:
-        at_qkv, at_o, at_gate, at_down = n * hidden * compute, copied, n * hidden * compute, n * inner * compute
+    if kind.full:  # at_o: attention gives its output in the layout of the queries, and o_proj reads a copy
+        at_qkv, at_o, at_gate, at_down = (n * width * compute for width in (hidden, hidden, hidden, inner))
         masked = 0
     elif adapted:
         at_qkv, masked = _adapted(n, hidden, stored, kind)
-        at_o, _ = _adapted(n, hidden, compute, kind, fresh=not kind.cuda)
+        at_o, _ = _adapted(n, hidden, compute, kind)
         at_gate, _ = _adapted(n, hidden, stored, kind)
         at_down, _ = _adapted(n, inner, compute, kind)
     else:
@@ -181,12 +180,13 @@ def vision_layer(*, patches: int, width: int, inner: int, heads: int, kind: Nume
     attention = patches * width * 4 * compute + patches * heads * 4
     gelu = patches * inner * 2 * compute  # x and sigmoid(1.702·x)
     if kind.full:
-        linears = patches * (2 * width + inner) * compute + (0 if kind.cuda else patches * width * compute)
+        # Of what is cast, q, k and v make a copy each; else they share their input.
+        linears = patches * ((2 if compute == stored else 4) * width + inner) * compute
     elif adapted:
         same = not kind.dropout and stored == kind.adapter == 4  # q, k and v then share their input
         each, _ = _adapted(patches, width, stored, kind)
         shared = 2 * patches * width * 4 if same else 0
-        at_out, _ = _adapted(patches, width, compute, kind, fresh=not kind.cuda)
+        at_out, _ = _adapted(patches, width, compute, kind, fresh=False)
         fc2, _ = _adapted(patches, inner, compute, kind)
         linears = 4 * each - shared + at_out + fc2
     else:

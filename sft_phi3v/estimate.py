@@ -494,8 +494,11 @@ class Step:
     def held(self) -> int:
         """Activations from the decoder's forward pass on: of its layers, the pictures themselves, and masks."""
         shape, layer, layers = self.shape, self.decoder(), self.config.num_hidden_layers
-        less = 0 if self.input_grad else layer.less
-        held = layers * (layer.stream if self.setting.checkpointing else layer.saved) - less + self.pixels()
+        held = layers * (layer.stream if self.setting.checkpointing else layer.saved) + self.pixels()
+        if not self.input_grad:
+            held -= layer.less
+        if self.setting.checkpointing and self.setting.lora:
+            held += layer.stream  # the embeddings, which PEFT makes a leaf that gets a gradient
         if self.kind.attention == "sdpa" and shape.padded:
             held += shape.rows * shape.tokens**2
         if self.kind.attention == "eager":
@@ -510,9 +513,12 @@ class Step:
         """Activations of CLIP and projector, where these are trained."""
         if "vision_tower" not in self.parts:
             return self.projector_saved()
-        vision = self.vision()
-        each = vision.stream if self.setting.checkpointing else vision.saved
-        return self.vision_layers * each + self.projector_saved()
+        vision, checkpointing = self.vision(), self.setting.checkpointing
+        seen = self.vision_layers * (vision.stream if checkpointing else vision.saved) + self.projector_saved()
+        if self.kind.full or checkpointing:  # a gradient for what the first layer reads: the norm before it keeps that
+            seen += vision.stream * (1 if self.kind.full else 2)
+            return seen + (self.pixels() // 2 if self.kind.full and self.setting.autocast else 0)
+        return seen - vision.less
 
     def last_norm(self) -> int:
         """What the norm after the last layer keeps, and its output."""
@@ -521,7 +527,10 @@ class Step:
 
     def kept(self) -> int:
         """Everything but weights that lives from the forward to the backward pass."""
-        casts = 0 if self.setting.checkpointing else self.cast()
+        # Of what is cast, checkpointing leaves the projector's, which is in none of its layers.
+        casts = self.cast("model.multi_modal_projector.") if "projector" in self.parts else 0
+        if not self.setting.checkpointing:
+            casts = self.cast()
         return self.held() + self.seen() + self.last_norm() + casts
 
     def moments(self) -> dict[str, dict[str, int]]:
