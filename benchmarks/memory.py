@@ -73,16 +73,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes: of parameters, gradients and optimiser; kept between the passes, and at most, both without those."""
+    """Bytes: of parameters, gradients and optimiser; and without parameters, kept between the passes, and at most."""
 
     parameters: int
     gradients: int
     optimiser: int
     kept: int
-    peak: int
+    loss: int  # at most, while the loss and its gradient are computed
+    back: int  # at most, while layers are gone through backwards
 
 
-def config_of(hidden: int, layers: int, heads: int, inner: int, clip_layers: int, clip_width: int = 1024) -> Phi3VConfig:
+def config_of(
+    hidden: int, layers: int, heads: int, inner: int, clip_layers: int, clip_width: int = 1024
+) -> Phi3VConfig:
     """A Phi-3-Vision of other sizes, with the vocabulary of the real one."""
     return Phi3VConfig(
         vocab_size=32064,
@@ -215,7 +218,7 @@ def without_values(case: Case) -> Iterator[None]:
         return embeds.masked_scatter((ids == self.config.image_token_id).unsqueeze(-1), found.to(embeds))
 
     with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(mock.patch.object(Phi3VModel, "get_image_features", features))
         stack.enter_context(mock.patch.object(Phi3VModel, "_place", place))
         yield
@@ -239,6 +242,18 @@ def measure(case: Case, *, data: bool = True) -> Measured:
         states = [weight.quant_state for weight in every if isinstance(weight, bitsandbytes.nn.Params4bit)]
         constants = [tensor for state in states for tensor in _tensors(state)]
         live = Live(iter([*every, *constants]))
+        peaks: list[int] = []
+
+        def note(*_: Any) -> None:
+            peaks.append(live.peak)
+            live.peak = live.now
+
+        def at_last_hidden_state(_: Any, __: Any, output: Any) -> None:
+            note()
+            output.last_hidden_state.register_hook(note)
+
+        inner = model.get_base_model().model if case.setting.lora else model.model
+        inner.register_forward_hook(at_last_hidden_state)
         with live:
             batch = batch_of(case)
             with torch.autocast("cpu", torch.bfloat16, enabled=case.setting.autocast):
@@ -257,7 +272,8 @@ def measure(case: Case, *, data: bool = True) -> Measured:
             gradients=sum(_bytes(weight.grad) for weight in trained),
             optimiser=sum(_bytes(tensor) for tensor in moments),
             kept=kept,
-            peak=live.peak,
+            loss=peaks[1],
+            back=live.peak,
         )
 
 
@@ -273,13 +289,14 @@ def _tensors(state: Any) -> list[torch.Tensor]:
 def estimated(case: Case) -> Measured:
     """The same figures, by arithmetic."""
     step = Step(case.setting, case.config, weights_of(case.config), case.shape)
-    moments = step.moments()
+    moments = {name: sum(parts.values()) for name, parts in step.moments().items()}
     return Measured(
         parameters=sum(step.weights_stored().values()) + (4 * step.trained if case.setting.lora else 0),
         gradients=4 * step.trained,
         optimiser=step.optimiser(),
         kept=step.kept(),
-        peak=max(sum(parts.values()) for name, parts in moments.items() if name != "optimiser step"),
+        loss=moments["loss"],
+        back=max(most for name, most in moments.items() if name.endswith(" back")),
     )
 
 
@@ -335,17 +352,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, Python {platform.python_version()}; MB: measured / estimated\n")
-    print("| setting | weights and adapters | gradients | optimiser | kept for the backward pass | peak of the rest | off |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ["weights, adapters", "gradients", "optimiser", "kept", "at the loss", "layers back"]
+    print(f"| setting | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for case in full_size() if options.full_size else mid_size():
         # Tensors without data have no values to see that nothing is padding, so that sdpa always gets its mask.
         case = replace(case, shape=replace(case.shape, padded=True)) if options.full_size else case
         found, said = measure(case, data=not options.full_size), estimated(case)
         cells = []
-        for name in vars(found):
-            cells.append(f"{getattr(found, name) / 1e6:,.1f} / {getattr(said, name) / 1e6:,.1f}")
-        off = f"{said.peak / found.peak - 1:+.1%}"
-        print(f"| {case.name} | {' | '.join(cells)} | {off} |", flush=True)
+        for name, counted in vars(found).items():
+            other = getattr(said, name)
+            cells.append(f"{counted / 1e6:,.1f} / {other / 1e6:,.1f} ({other / counted - 1:+.1%})")
+        print(f"| {case.name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
