@@ -136,8 +136,8 @@ def decoder_layer(
         # forward, at down_proj: the product, the float32 input of the adapter, that after dropout, three streams
         _at_input(n, inner, kind, adapted) + n * hidden * compute + 2 * streams,
         # forward, at gate_up_proj: base, adapter and their sum, where what follows is not there yet
-        n * 2 * inner * (compute + 2 * max(compute, kind.adapter)) * adapted + streams + n * hidden * (4 if adapted and kind.casts else 0)
-        - swiglu - at_down,
+        n * 2 * inner * (compute + 2 * max(compute, kind.adapter)) * adapted + streams
+        + n * hidden * (4 if adapted and kind.casts else 0) - swiglu - at_down,
         # backward, at down_proj: gradients of its input, by base and by adapter, and their sum
         n * inner * (3 * compute if adapted else compute) - at_down + 2 * streams,
         # backward, through SwiGLU: gradients of gate, up and the product

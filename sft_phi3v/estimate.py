@@ -888,29 +888,32 @@ def fit_report(
     weights, setting = weights_of(config), Setting.of(recipe, processes=processes)
     memory = memory_of(setting, config, weights, shape)
     flops = flops_per_row(setting, config, weights, shape)
-    lines = [f"memory per GPU, estimated for {shape.rows} rows of {shape.tokens:,} tokens and {shape.crops} crops:"]
+    lines = [
+        f"memory{' per GPU' * setting.cuda}, estimated for {shape.rows} rows of {shape.tokens:,} tokens and {shape.crops} crops:"
+    ]
     for part, count in memory.parts.items():
         if count >= 0.005 * GB:
             lines.append(f"  {part:<44} {count / GB:>7.2f} GB")
     lines.append(f"  {'peak (' + memory.moment + ')':<44} {memory.total / GB:>7.2f} GB")
     name, found, size = _named_or_visible(gpu)
+    everywhere = gpu is None and size is None and setting.cuda
     if size is not None:
         fits = memory.total <= size
         lines.append(f"{'✓ fits' if fits else '✗ does not fit'} {name}: {size / GB:.1f} GB")
         if not fits:
             lines += ["What helps most:"]
             lines += _remedy_lines(remedies(recipe, config, shape, processes=processes, available=size), size)
-    names = [name] if found is not None else [] if size is not None else list(GPUS)
+    names = [name] if found is not None else list(GPUS) if everywhere else []
     efficiency = recipe.preview.efficiency
     for one in names:
         known = GPUS[one]
         epoch = epoch_of(setting, flops, rows, known, efficiency=efficiency, price=price)
         mark = "✓" if memory.total <= known.bytes else "✗"
-        hours, dollars = known.price if price is None else price, f"${epoch.dollars:,.2f}"
+        hourly = known.price if price is None else price
         note = "" if known.bf16 or not recipe.training.bf16 else "; no bfloat16: --bf16 false --fp16 true"
         lines.append(
-            f"  {mark} {one:<9} {known.bytes / GB:>6.1f} GB; an epoch of {epoch.steps:,} steps: {_time(epoch.seconds)}, "
-            f"{dollars} at ${hours:g} an hour{note}"
+            f"  {mark} {one:<9} {known.bytes / GB:>6.1f} GB; an epoch of {epoch.steps:,} steps: "
+            f"{_time(epoch.seconds)}, ${epoch.dollars:,.2f} at ${hourly:g} an hour{note}"
         )
     if names:
         lines.append(
