@@ -2,8 +2,8 @@
 
 Every key is a field of TRL's `ScriptArguments`, `ModelConfig` or `SFTConfig`, `datasets` (a mixture, as TRL's
 `DatasetMixtureConfig` has it), or one of our own in [`TaskArguments`], [`PrepareArguments`], [`PreviewArguments`],
-[`ScoringArguments`] and [`PublishArguments`]. The command line overrides the file, so this trains the Burberry recipe with four crops per
-picture:
+[`ScoringArguments`] and [`PublishArguments`]. The command line overrides the file, so this trains the Burberry recipe
+with four crops per picture:
 
 ```python
 >>> recipe = load_recipe(["recipes/burberry.yaml", "--num_crops", "4", "--learning_rate", "1e-4"])
@@ -551,7 +551,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
     if _wants_bf16(values) and not is_torch_bf16_gpu_available():
         values["use_cpu"] = True  # SFTConfig would raise here, on every machine that only looks at the recipe
     try:
-        script, model, training, task, prepare, scoring, publish, mixture = TrlParser(parts).parse_dict(values)
+        script, model, training, task, prepare, preview, scoring, publish, mixture = TrlParser(parts).parse_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # ModelConfig makes text of a list of one name, which PEFT then takes for a pattern that must match the whole path.
@@ -561,7 +561,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
         settings |= {key: getattr(model, key) for key in ("lora_r", "lora_alpha", "lora_dropout")}
     else:
         del settings["adapt"]  # without adapters it says nothing, and is refused
-    own = (task, prepare, scoring, publish)
+    own = (task, prepare, preview, scoring, publish)
     return Recipe(script, model, training, *own, mixture, settings, path, shlex.join(argv))
 
 
