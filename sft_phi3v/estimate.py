@@ -381,9 +381,11 @@ class Step:
             cuda=setting.cuda,
         )
         self.adapted = adapted_weights(setting, config, weights)
-        self.trained_shapes = [
+        self.trained_shapes: list[tuple[int, ...]] = [
             shape for one in self.adapted for shape in ((setting.rank, one.shape[1]), (one.shape[0], setting.rank))
-        ] or [weight.shape for weight in weights if weight.computed]
+        ]
+        if not setting.lora:
+            self.trained_shapes = [weight.shape for weight in weights if weight.computed]
         self.trained = sum(map(math.prod, self.trained_shapes))
         self.parts = set(PARTS) if not setting.lora else {weight.part for weight in self.adapted}
         self.n, self.width = shape.rows * shape.tokens, config.hidden_size
@@ -888,9 +890,8 @@ def fit_report(
     weights, setting = weights_of(config), Setting.of(recipe, processes=processes)
     memory = memory_of(setting, config, weights, shape)
     flops = flops_per_row(setting, config, weights, shape)
-    lines = [
-        f"memory{' per GPU' * setting.cuda}, estimated for {shape.rows} rows of {shape.tokens:,} tokens and {shape.crops} crops:"
-    ]
+    batch = f"{shape.rows} rows of {shape.tokens:,} tokens and {shape.crops} crops"
+    lines = [f"memory{' per GPU' * setting.cuda}, estimated for {batch}:"]
     for part, count in memory.parts.items():
         if count >= 0.005 * GB:
             lines.append(f"  {part:<44} {count / GB:>7.2f} GB")
