@@ -545,6 +545,9 @@ class Step:
         gradients = 4 * self.trained // self.shares
         buckets = gradients if setting.processes > 1 and not setting.sharded else 0  # DDP sends copies
         before = buckets + (gradients if setting.accumulation > 1 else 0)
+        # The passes before have made all of them; else those of embeddings come last, and CLIP's before these.
+        late = 0 if setting.accumulation > 1 else self.gradients_of("model.language_model.embed_tokens.")
+        later = 0 if setting.accumulation > 1 else self.gradients_of("model.vision_tower.")
         after = buckets + gradients
         product = self.largest_product()
         extra = {"dequantised weight": self.dequantised()} if setting.bits else {}
@@ -555,12 +558,11 @@ class Step:
             return {"activations": activations, "casts by autocast": casts, "gradients": grads, **extra}
 
         every = self.cast()
-        # At the loss, casts of frozen weights are gone under checkpointing; those of trained ones are cached till then.
-        cached = every if self.kind.full or not setting.checkpointing else self.cast_adapters()
+        cached = self.cast("model.multi_modal_projector.") if setting.checkpointing else every
         # A loss over an lm_head that is trained makes that gradient first, beside the one of the passes before.
         head = 4 * self.config.vocab_size * self.width // self.shares if self.kind.full else 0
         found = {
-            "CLIP reads": moment(self.reading(), self.cast_adapters(), before),
+            "CLIP reads": moment(self.reading(), 0, before),
             "loss": moment(held + seen + self.last_norm() + 2 * stream, cached, before + head) | self.head(),
             "last layer back": moment(
                 held + seen + again + layer.working + stream + product,
@@ -568,8 +570,11 @@ class Step:
                 before + head,
             ),
             "first layer back": moment(
-                self.pixels() + seen + layer.saved + layer.working + stream + product, decoder, after
+                self.pixels() + seen + layer.saved + layer.working + stream + product,
+                decoder,
+                after - late - later,
             ),
+            "embeddings back": moment(self.pixels(), 0, after),
             "optimiser step": moment(0, 0, after + (gradients if setting.optimiser == "adamw_torch" else 0)),
         }
         if "vision_tower" in self.parts:
@@ -577,7 +582,7 @@ class Step:
             found["CLIP back"] = moment(
                 self.pixels() + seen + (vision.saved if setting.checkpointing else 0) + vision.working + product,
                 self.cast("model.vision_tower.", layers=self.vision_layers if setting.checkpointing else 1),
-                after,
+                after - late,
             )
         return found
 
@@ -591,11 +596,16 @@ class Step:
         """The gradient of the largest linear as it is computed, before it is added to the others."""
         if not self.kind.full:
             return 0
-        return self.kind.compute * max(weight.numel for weight in self.weights if weight.linear)
+        linears = [weight.numel for weight in self.weights if weight.linear and weight.part != "lm_head"]
+        return self.kind.compute * max(linears)
 
-    def cast_adapters(self) -> int:
-        """Copies of all adapters, which autocast keeps until the forward pass is over."""
-        return 2 * self.trained if self.setting.autocast and self.setting.lora else 0
+    def gradients_of(self, prefix: str) -> int:
+        """Bytes of the gradients of what starts with `prefix`, on one GPU."""
+        if self.setting.lora:
+            found = [weight for weight in self.adapted if weight.name.startswith(prefix)]
+            return 4 * self.setting.rank * sum(sum(weight.shape) for weight in found) // self.shares
+        found = [weight for weight in self.weights if weight.computed and weight.name.startswith(prefix)]
+        return 4 * sum(weight.numel for weight in found) // self.shares
 
     def gathered(self) -> int:
         """Two decoder layers put together from their shards: the one at work and the next."""
