@@ -184,10 +184,12 @@ def test_remedies_are_sorted_and_the_last_one_fits(monkeypatch, real):
     recipe = burberry(monkeypatch, "--load_in_4bit", "false", "--activation_checkpointing", "false")
     shape = Shape.worst(recipe, 16)
     found = remedies(recipe, real, shape, available=GPUS["RTX 4090"].bytes)
-    assert [one.change for one in found[:2]][0] == "activation_checkpointing: true"
-    alone = [one.saved for one in found if " and " not in one.change]
-    assert alone == sorted(alone, reverse=True) and min(alone) > 0
-    assert found[-1].memory.total <= GPUS["RTX 4090"].bytes
+    assert found[0].change == "activation_checkpointing: true" and found[0].memory.total <= GPUS["RTX 4090"].bytes
+    saved = [one.saved for one in found]
+    assert saved == sorted(saved, reverse=True) and min(saved) > 0
+    *alone, combined = remedies(recipe, real, shape, available=9_000_000_000)
+    assert [one.change for one in alone] == [one.change for one in found]
+    assert combined.change.startswith("activation_checkpointing: true and ") and combined.memory.total <= 9e9
     message = oom_message(recipe, real, shape, GPUS["RTX 4090"].bytes)
     assert "25.2 GB was not enough" in message and "activation_checkpointing: true" in message and "(fits)" in message
     assert len(message.splitlines()) <= 5
