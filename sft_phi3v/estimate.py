@@ -20,7 +20,7 @@ from torch import nn
 
 from sft_phi3v.activations import Layer, Numerics, decoder_layer, vision_forward, vision_layer
 from sft_phi3v.collator import Lengths
-from sft_phi3v.model import NEVER_QUANTISED, PARTS, target_pattern
+from sft_phi3v.model import NEVER_QUANTISED, PARTS
 from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM
 from sft_phi3v.phi3_v.image_processing_phi3_v import CROP, num_image_tokens, scaled_size
 from sft_phi3v.recipe import Recipe
@@ -183,7 +183,7 @@ class Setting:
             accumulation=training.gradient_accumulation_steps,
             processes=processes,
             sharded=bool(training.fsdp),
-            cuda=not training.use_cpu,
+            cuda=not recipe.settings.get("use_cpu"),  # load_recipe sets training's own where no GPU is seen
         )
 
 
@@ -204,7 +204,8 @@ class Weight:
 
 def weights_of(config: Phi3VConfig) -> tuple[Weight, ...]:
     """Every tensor of the model, from one that is built without memory."""
-    model = _meta_model(config)
+    with torch.device("meta"):
+        model = Phi3VForCausalLM(config)
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     unused = re.compile(
         "|".join(
@@ -227,20 +228,16 @@ def weights_of(config: Phi3VConfig) -> tuple[Weight, ...]:
     )
 
 
-def _meta_model(config: Phi3VConfig) -> Phi3VForCausalLM:
-    with torch.device("meta"):
-        return Phi3VForCausalLM(config)
-
-
-def adapted_weights(setting: Setting, config: Phi3VConfig, weights: Iterable[Weight]) -> list[Weight]:
-    """The linears that get LoRA, as PEFT finds them: one string is a pattern for the whole name, several are ends."""
+def adapted_weights(setting: Setting, weights: Iterable[Weight]) -> list[Weight]:
+    """The linears that get LoRA. As in PEFT, targets in one text are a pattern for whole names, in a list their ends."""
     if not setting.lora:
         return []
-    targets = setting.targets or target_pattern(setting.adapt, _meta_model(config))
     linears = [(weight, weight.name.removesuffix(".weight")) for weight in weights if weight.linear]
-    if isinstance(targets, str):
-        return [weight for weight, name in linears if re.fullmatch(targets, name)]
-    return [weight for weight, name in linears if any(f".{name}".endswith(f".{end}") for end in targets)]
+    if setting.targets is None:
+        return [weight for weight, _ in linears if weight.computed and weight.part in setting.adapt]
+    if isinstance(setting.targets, str):
+        return [weight for weight, name in linears if re.fullmatch(setting.targets, name)]
+    return [weight for weight, name in linears if any(f".{name}".endswith(f".{end}") for end in setting.targets)]
 
 
 def quantised(weight: Weight) -> bool:
@@ -380,7 +377,7 @@ class Step:
             padded=shape.padded,
             cuda=setting.cuda,
         )
-        self.adapted = adapted_weights(setting, config, weights)
+        self.adapted = adapted_weights(setting, weights)
         self.trained_shapes: list[tuple[int, ...]] = [
             shape for one in self.adapted for shape in ((setting.rank, one.shape[1]), (one.shape[0], setting.rank))
         ]

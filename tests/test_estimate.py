@@ -16,6 +16,7 @@ from sft_phi3v.estimate import (
     GPUS,
     Setting,
     Shape,
+    adapted_weights,
     epoch_of,
     estimate_memory,
     find_gpu,
@@ -28,6 +29,8 @@ from sft_phi3v.estimate import (
     remedies,
     weights_of,
 )
+from sft_phi3v.model import target_pattern
+from sft_phi3v.phi3_v import Phi3VForCausalLM
 from sft_phi3v.recipe import load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -52,6 +55,15 @@ def real(memory):
 @pytest.fixture(scope="module")
 def weights(real):
     return weights_of(real)
+
+
+@pytest.mark.parametrize("parts", [["language_model"], ["projector"], ["vision_tower", "language_model"]])
+def test_adapters_land_where_peft_puts_them(real, weights, parts):
+    with torch.device("meta"):
+        pattern = target_pattern(parts, Phi3VForCausalLM(real))
+    names = [weight.name for weight in adapted_weights(Setting(adapt=tuple(parts)), weights)]
+    assert names == [weight.name for weight in adapted_weights(Setting(targets=pattern), weights)]
+    assert names
 
 
 def burberry(monkeypatch, *changes):
