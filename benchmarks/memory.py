@@ -295,7 +295,7 @@ def estimated(case: Case) -> Measured:
         gradients=4 * step.trained,
         optimiser=step.optimiser(),
         kept=step.kept(),
-        loss=moments["loss"],
+        loss=max(moments["loss"], moments["loss backwards"]),
         back=max(most for name, most in moments.items() if name.endswith(" back")),
     )
 

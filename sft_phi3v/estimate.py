@@ -1,10 +1,9 @@
 """Does a recipe fit a GPU, and what does an epoch cost on it: arithmetic on sizes, before anything is loaded.
 
-The largest batch that a recipe can draw decides about memory ([`Shape`]). A step has five moments that can be its
-fullest, and the one that is names the peak ([`Memory.moment`]):
+The largest batch that a recipe can draw decides about memory ([`Shape`]). A step has moments that can be its fullest, and the one that is names the peak ([`Memory.moment`]):
 
-    CLIP reads → … → loss → last layer back → … → first layer back → CLIP back (if trained) → optimiser step
-    └ nothing kept    └ everything kept        └ all gradients there                         └ gradients
+    CLIP reads → … → loss, and backwards → last layer back → … → first layer back → CLIP back → … → optimiser step
+    └ nothing kept    └ everything kept                        └ most gradients     └ if it is trained └ all gradients
 
 `docs/fit.md` has every formula with its reason, and what was measured against it.
 """
@@ -229,7 +228,7 @@ def weights_of(config: Phi3VConfig) -> tuple[Weight, ...]:
 
 
 def adapted_weights(setting: Setting, weights: Iterable[Weight]) -> list[Weight]:
-    """The linears that get LoRA. As in PEFT, targets in one text are a pattern for whole names, in a list their ends."""
+    """The linears that get LoRA. As in PEFT, one text of targets is a pattern for whole names, a list has ends."""
     if not setting.lora:
         return []
     linears = [(weight, weight.name.removesuffix(".weight")) for weight in weights if weight.linear]
@@ -472,19 +471,21 @@ class Step:
             return 0
         return self.kind.compute * max(weight.numel for weight in self.weights if quantised(weight))
 
-    def head(self) -> dict[str, int]:
-        """TRL's fused LM head: a tile of logits, its gradient by hidden states, and float32 sums."""
+    def head(self, *, back: bool) -> int:
+        """TRL's fused LM head: a tile of logits; in its backward pass also the gradient of hidden states, float32."""
         shape, vocabulary = self.shape, self.config.vocab_size
         scored = shape.rows * (shape.supervised if self.setting.cuda else shape.tokens - 1)
         tile = min(scored, SCORED_AT_ONCE) * VOCABULARY_AT_ONCE
-        # Without Triton a tile is worked on in float32: seven numbers and a truth value for each logit.
-        logits = tile * self.kind.compute + (0 if self.setting.cuda else 29 * tile_used(scored, vocabulary))
-        logits += scored * self.width * 4  # the gradient by hidden states
+        logits = tile * self.kind.compute
+        if (
+            not self.setting.cuda
+        ):  # Without Triton, float32: three numbers for each logit; back, seven and a truth value
+            logits += (29 if back else 12) * min(scored, SCORED_AT_ONCE) * min(vocabulary, VOCABULARY_AT_ONCE)
         if self.stored != self.kind.compute:
             logits += min(vocabulary, VOCABULARY_AT_ONCE) * self.width * self.kind.compute
         if self.setting.cuda or shape.rows > 1:
             logits += scored * self.width * self.stored  # the hidden states that are scored, put together
-        return {"logits": logits}
+        return logits + (scored * self.width * 4 if back else 0)
 
     @property
     def input_grad(self) -> bool:
@@ -555,12 +556,17 @@ class Step:
             return {"activations": activations, "casts by autocast": casts, "gradients": grads, **extra}
 
         every = self.cast()
-        cached = self.cast("model.multi_modal_projector.") if setting.checkpointing else every
+        projector = self.cast("model.multi_modal_projector.") if "projector" in self.parts else 0
+        # Until the forward pass is over, autocast keeps its copies of what is trained, checkpointing or not.
+        cached = every if self.kind.full or not setting.checkpointing else projector + 2 * self.trained
+        graph = projector if setting.checkpointing else every
         # A loss over an lm_head that is trained makes that gradient first, beside the one of the passes before.
         head = 4 * self.config.vocab_size * self.width // self.shares if self.kind.full else 0
         found = {
             "CLIP reads": moment(self.reading(), 0, before),
-            "loss": moment(held + seen + self.last_norm() + 2 * stream, cached, before + head) | self.head(),
+            "loss": moment(held + seen + self.last_norm() + stream, cached, before) | {"logits": self.head(back=False)},
+            "loss backwards": moment(held + seen + self.last_norm() + 2 * stream, graph, before + head)
+            | {"logits": self.head(back=True)},
             "last layer back": moment(
                 held + seen + again + layer.working + stream + product,
                 decoder if setting.checkpointing else every,
@@ -576,10 +582,15 @@ class Step:
         }
         if "vision_tower" in self.parts:
             vision = self.vision()
-            found["CLIP back"] = moment(
-                self.pixels() + seen + (vision.saved if setting.checkpointing else 0) + vision.working + product,
-                self.cast("model.vision_tower.", layers=self.vision_layers if setting.checkpointing else 1),
-                after - late,
+            again = vision.saved if setting.checkpointing else 0
+            one = self.cast("model.vision_tower.", layers=self.vision_layers)
+            found["CLIP's last layer back"] = moment(
+                self.pixels() + seen + again + vision.working + product,
+                one if setting.checkpointing else self.cast("model.vision_tower."),
+                after - late - later,
+            )
+            found["CLIP's first layer back"] = moment(
+                self.pixels() + vision.stream + vision.saved + vision.working + product, one, after - late
             )
         return found
 
@@ -609,11 +620,6 @@ class Step:
         decoder = [weight for weight in self.weights if weight.name.startswith("model.language_model.layers.")]
         total = sum(stored_bytes(weight, self.setting, self.kind.compute) for weight in decoder)
         return 2 * total // self.config.num_hidden_layers
-
-
-def tile_used(scored: int, vocabulary: int) -> int:
-    """Logits of one tile that are there: the vocabulary may be smaller than a tile is wide."""
-    return min(scored, SCORED_AT_ONCE) * min(vocabulary, VOCABULARY_AT_ONCE)
 
 
 @dataclass(frozen=True)
