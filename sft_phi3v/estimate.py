@@ -1,6 +1,7 @@
 """Does a recipe fit a GPU, and what does an epoch cost on it: arithmetic on sizes, before anything is loaded.
 
-The largest batch that a recipe can draw decides about memory ([`Shape`]). A step has moments that can be its fullest, and the one that is names the peak ([`Memory.moment`]):
+The largest batch that a recipe can draw decides about memory ([`Shape`]). A step has moments that can be its fullest,
+and the one that is names the peak ([`Memory.moment`]):
 
     CLIP reads → … → loss, and backwards → last layer back → … → first layer back → CLIP back → … → optimiser step
     └ nothing kept    └ everything kept                        └ most gradients     └ if it is trained └ all gradients
