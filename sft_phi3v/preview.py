@@ -1,4 +1,4 @@
-"""What will be trained on, shown before a GPU second is spent: token counts, over-long rows, and one example in colour.
+"""What will be trained on, shown before a GPU second is spent: token counts, one example in colour, memory and cost.
 
 `python -m sft_phi3v.preview RECIPE` needs no GPU and loads no weights. Where something would have to be fetched first,
 it says what.
@@ -21,8 +21,9 @@ from tqdm import tqdm
 from sft_phi3v.checkpoints import check_output_dir
 from sft_phi3v.collator import IGNORED, Collator, Lengths
 from sft_phi3v.data import ROW, check_rows, load_splits, to_examples
+from sft_phi3v.estimate import Shape, fit_report
 from sft_phi3v.machine import check_machine
-from sft_phi3v.model import load_processor
+from sft_phi3v.model import load_config, load_processor
 from sft_phi3v.recipe import Recipe, load_recipe
 from sft_phi3v.streaming import Stream, load_stream
 
@@ -42,12 +43,14 @@ class Prepared:
         overview (`dict`): What `data.json` holds: how many `rows`; held-out rows whose picture is also trained on
             (`leakage`; `None` for a stream, which is not read through); `histograms` of tokens and picture sizes; the
             `supervised_share` of all tokens; and one `example` as the model reads it ([`runs_of`]).
+        lengths (`list[Lengths]`): Of the rows to train on; of a stream, of its first rows.
     """
 
     collator: Collator
     train: Dataset | Stream
     held_out: Dataset
     overview: dict[str, Any]
+    lengths: list[Lengths]
 
 
 def fitting(rows: Dataset, recipe: Recipe, collator: Collator) -> tuple[Dataset, list[Lengths]]:
@@ -214,10 +217,10 @@ def prepare(recipe: Recipe) -> Prepared:
     print_once(f"row {overview['example']['row']} as the model reads it ({legend}):")
     print_once(f"{masked_example(runs, colour=colour)}\n")
     if stream is None:
-        return Prepared(collator, train, held_out, overview)
+        return Prepared(collator, train, held_out, overview, lengths)
     if recipe.task.overlong == "drop" and collator.max_length is not None:
         stream.fits = partial(_fits, collator)
-    return Prepared(collator, stream, held_out, overview)
+    return Prepared(collator, stream, held_out, overview, lengths)
 
 
 def prepare_held_out(recipe: Recipe) -> tuple[Collator, Dataset]:
@@ -259,11 +262,26 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  ✗ {error}")
     if not {"model_name_or_path", "dataset_name"} & set(missing):  # a machine without a GPU can look at the data
         try:
-            prepare(recipe)
+            prepared = prepare(recipe)
+            print(fit(recipe, prepared))
         except ValueError as error:
             raise SystemExit(f"error: {error}") from None
     if missing:
         raise SystemExit(1)
+
+
+def fit(recipe: Recipe, prepared: Prepared) -> str:
+    """What a step takes on a GPU and an epoch costs ([`fit_report`]), for the largest batch of these rows."""
+    shape = Shape.of(prepared.lengths, recipe, prepared.collator.processor.image_processor.num_crops)
+    return fit_report(
+        recipe,
+        load_config(recipe),
+        shape,
+        prepared.overview["rows"]["train"],
+        gpu=recipe.preview.gpu,
+        price=recipe.preview.gpu_price,
+        processes=PartialState().num_processes,
+    )
 
 
 def _name(recipe: Recipe, need: str) -> str:

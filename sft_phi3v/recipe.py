@@ -1,9 +1,9 @@
 """A recipe is one flat YAML file that fixes one run: the model, the data, the training and where the result goes.
 
 Every key is a field of TRL's `ScriptArguments`, `ModelConfig` or `SFTConfig`, `datasets` (a mixture, as TRL's
-`DatasetMixtureConfig` has it), or one of our own in [`TaskArguments`], [`PrepareArguments`], [`ScoringArguments`] and
-[`PublishArguments`]. The command line overrides the file, so this trains the Burberry recipe with four crops per
-picture:
+`DatasetMixtureConfig` has it), or one of our own in [`TaskArguments`], [`PrepareArguments`], [`PreviewArguments`],
+[`ScoringArguments`] and [`PublishArguments`]. The command line overrides the file, so this trains the Burberry recipe
+with four crops per picture:
 
 ```python
 >>> recipe = load_recipe(["recipes/burberry.yaml", "--num_crops", "4", "--learning_rate", "1e-4"])
@@ -188,6 +188,31 @@ class PrepareArguments:
 
 
 @dataclass
+class PreviewArguments:
+    """The keys of `python -m sft_phi3v.preview`, which shows what a recipe would train on, need and cost."""
+
+    gpu: str | None = field(
+        default=None,
+        metadata={
+            "help": "The GPU to estimate for, such as RTX 4090, A100-80 or H100 (docs/fit.md has all). null: this "
+            "machine's, or if it has none, every one."
+        },
+    )
+    gpu_price: float | None = field(
+        default=None, metadata={"help": "Dollars per hour and GPU. null: the example price of docs/fit.md."}
+    )
+    efficiency: float = field(
+        default=0.3, metadata={"help": "Share of the GPU's peak speed that training reaches, for the time estimate."}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.efficiency <= 1:
+            raise ValueError(f"`efficiency` is {self.efficiency}, expected a share above 0 and up to 1.")
+        if self.gpu_price is not None and self.gpu_price < 0:
+            raise ValueError(f"`gpu_price` is {self.gpu_price}, expected 0 or more.")
+
+
+@dataclass
 class ScoringArguments:
     """The keys of `python -m sft_phi3v.evaluation`, which scores what the recipe trained, or any other model."""
 
@@ -346,7 +371,7 @@ _REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 RESUMABLE = re.compile(
     r"nonfinite|max_steps|num_train_epochs|(save|logging|dataloader|hub)_.*|push_to_hub|report_to|run_name|disable_tqdm|"
     r"eval_strategy|eval_steps|per_device_(train|eval)_batch_size|gradient_accumulation_steps|generation_batch_size|"
-    r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare|model|split|limit|"
+    r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare|gpu|gpu_price|efficiency|model|split|limit|"
     r"adapter|merge_.*|compare_bases|what|license|language|card_examples|dry_run|replace"
 )
 
@@ -364,6 +389,7 @@ class Recipe:
         training ([`~trl.SFTConfig`]): Training, evaluation, tracking, output.
         task ([`TaskArguments`]): Our own keys.
         prepare ([`PrepareArguments`]): Our own keys about making the data set.
+        preview ([`PreviewArguments`]): Our own keys about what it would need and cost.
         scoring ([`ScoringArguments`]): Our own keys about what is scored.
         publish ([`PublishArguments`]): Our own keys about merging and publishing.
         mixture ([`~trl.DatasetMixtureConfig`]): Its `datasets`, where the rows come from several; else it is empty.
@@ -379,6 +405,7 @@ class Recipe:
     training: "SFTConfig" = field(repr=False)  # its repr shows hub_token
     task: TaskArguments
     prepare: PrepareArguments
+    preview: PreviewArguments
     scoring: ScoringArguments
     publish: PublishArguments
     mixture: "DatasetMixtureConfig"
@@ -466,7 +493,7 @@ def public_keys(keys: Mapping[str, Any], paths: Collection[str] = ()) -> dict[st
         return path.name if path.is_absolute() or key == "output_dir" or value in local else value
 
     left_out = {"env", "run_name", "push"}
-    left_out |= {item.name for part in (ScoringArguments, PublishArguments) for item in fields(part)}
+    left_out |= {item.name for part in (PreviewArguments, ScoringArguments, PublishArguments) for item in fields(part)}
     return {key: cleaned(key, value) for key, value in keys.items() if key not in left_out}
 
 
@@ -503,7 +530,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
     from transformers.utils import is_torch_bf16_gpu_available
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-    ours = (TaskArguments, PrepareArguments, ScoringArguments, PublishArguments)
+    ours = (TaskArguments, PrepareArguments, PreviewArguments, ScoringArguments, PublishArguments)
     parts: Any = (ScriptArguments, ModelConfig, SFTConfig, *ours, DatasetMixtureConfig)
     kinds = {name: kind for part in parts for name, kind in get_type_hints(part).items()}
     kinds["lora_target_modules"] = str | list[str] | None  # a pattern too, as TRL documents and its annotation forgets
@@ -538,7 +565,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
     if wants_bf16(values) and not is_torch_bf16_gpu_available():
         values["use_cpu"] = True  # SFTConfig would raise here, on every machine that only looks at the recipe
     try:
-        script, model, training, task, prepare, scoring, publish, mixture = TrlParser(parts).parse_dict(values)
+        script, model, training, task, prepare, preview, scoring, publish, mixture = TrlParser(parts).parse_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # ModelConfig makes text of a list of one name, which PEFT then takes for a pattern that must match the whole path.
@@ -548,7 +575,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
         settings |= {key: getattr(model, key) for key in ("lora_r", "lora_alpha", "lora_dropout")}
     else:
         del settings["adapt"]  # without adapters it says nothing, and is refused
-    own = (task, prepare, scoring, publish)
+    own = (task, prepare, preview, scoring, publish)
     return Recipe(script, model, training, *own, mixture, settings, path, shlex.join(argv))
 
 
@@ -588,6 +615,7 @@ def help_text() -> str:
     for part, opening in (
         (TaskArguments, []),
         (PrepareArguments, ["", "Of `prepare`, which makes the data set:", ""]),
+        (PreviewArguments, ["", "Of `preview`, which shows what it would need and cost:", ""]),
         (ScoringArguments, ["", "Of `evaluation`, which scores:", ""]),
         (PublishArguments, ["", "Of `merge` and `hub`, which publish what was trained:", ""]),
     ):

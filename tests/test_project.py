@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sft_phi3v.recipe import PrepareArguments, PublishArguments, ScoringArguments, TaskArguments, load_recipe
+from sft_phi3v.recipe import (
+    PrepareArguments,
+    PreviewArguments,
+    PublishArguments,
+    ScoringArguments,
+    TaskArguments,
+    load_recipe,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "sft_phi3v"
@@ -19,9 +26,9 @@ RECIPES = sorted(path.name for path in (REPOSITORY / "recipes").glob("*.yaml"))
 # Later layers may import earlier ones; modules of one layer do not know each other.
 LAYERS = [
     ["phi3_v"],
-    ["recipe", "catalogue", "charts", "fetch", "splitting", "vllm_plugin"],
+    ["recipe", "activations", "catalogue", "charts", "fetch", "splitting", "vllm_plugin"],
     ["data", "collator", "model", "pictures", "samples", "engine", "checkpoints", "machine", "interruption"],
-    ["streaming", "checking"],
+    ["streaming", "checking", "estimate"],
     ["deciding"],
     ["prepare", "preview", "scoring"],
     ["evaluation"],
@@ -118,6 +125,7 @@ def test_documents_link_to_files_that_exist():
     [
         ("README.md", TaskArguments),
         ("docs/prepare.md", PrepareArguments),
+        ("docs/fit.md", PreviewArguments),
         ("docs/scores.md", ScoringArguments),
         ("docs/publish.md", PublishArguments),
     ],

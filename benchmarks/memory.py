@@ -1,0 +1,367 @@
+"""How near the estimate of memory comes, on a machine without a GPU.
+
+    python benchmarks/memory.py                 # mid-size models, real numbers, a whole step each
+    python benchmarks/memory.py --full_size     # Phi-3-vision's own sizes, on tensors without data: no memory needed
+
+Every tensor that a training step makes is counted while it lives, the parameters' own apart; what is alive between the
+forward and the backward pass is `kept`, the most at any time is `peak`. Tensors without data (torch's fake tensors) run
+the same code and the same operations and have every property but their numbers.
+"""
+
+import argparse
+import platform
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import bitsandbytes
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from trl.trainer.utils import add_fused_lm_head
+
+from sft_phi3v.estimate import Setting, Shape, Step, weights_of
+from sft_phi3v.model import target_pattern
+from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM
+from sft_phi3v.phi3_v.modeling_phi3_v import Phi3VModel
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is on, as long as they live."""
+
+    def __init__(self, ignored: Iterator[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {}
+        for tensor in ignored:
+            self.known[tensor.untyped_storage()._cdata] = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor)
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._gone, storage._cdata)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self.known.pop(key)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting, on one model, with one batch."""
+
+    name: str
+    config: Phi3VConfig
+    setting: Setting
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes: of parameters, gradients and optimiser; and without parameters, kept between the passes, and at most."""
+
+    parameters: int
+    gradients: int
+    optimiser: int
+    kept: int
+    loss: int  # at most, while the loss and its gradient are computed
+    back: int  # at most, while layers are gone through backwards
+
+
+def config_of(
+    hidden: int, layers: int, heads: int, inner: int, clip_layers: int, clip_width: int = 1024
+) -> Phi3VConfig:
+    """A Phi-3-Vision of other sizes, with the vocabulary of the real one."""
+    return Phi3VConfig(
+        vocab_size=32064,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_scaling={
+            "type": "su",
+            "short_factor": [1.0] * (hidden // heads // 2),
+            "long_factor": [2.0] * (hidden // heads // 2),
+        },
+        img_processor={
+            "name": "clip_vision_model",
+            "image_dim_out": clip_width,
+            "num_img_tokens": 144,
+            "clip_config": {
+                "num_hidden_layers": clip_layers,
+                "hidden_size": clip_width,
+                "intermediate_size": 4 * clip_width,
+                "num_attention_heads": clip_width // 64,
+            },
+        },
+    )
+
+
+def build(case: Case) -> nn.Module:
+    """The model as a run would train it: quantised, adapted, its weights of a dtype; their numbers mean nothing."""
+    setting = case.setting
+    dtype = getattr(torch, setting.dtype)
+    case.config._attn_implementation = setting.attention
+    with torch.device("meta"):
+        model = Phi3VForCausalLM(case.config)
+    _materialise(model, dtype)
+    if setting.bits == 4:
+        for name, linear in list(model.named_modules()):
+            if isinstance(linear, nn.Linear) and ".language_model." in name:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, _in_4bit(linear, setting))
+    if setting.lora:
+        pattern = target_pattern(setting.adapt, model)
+        model.requires_grad_(False)
+        with torch.device("meta"):
+            adapted = get_peft_model(
+                model,
+                LoraConfig(r=setting.rank, lora_dropout=setting.dropout, target_modules=pattern),
+                low_cpu_mem_usage=True,
+            )
+        _materialise(adapted, torch.float32, only="lora_")
+        model = adapted
+    base = model.get_base_model() if setting.lora else model
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    if setting.checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        if setting.lora:
+            model.enable_input_require_grads()
+    return model.train()
+
+
+def _materialise(model: nn.Module, dtype: torch.dtype, only: str = "") -> None:
+    for prefix, module in model.named_modules():
+        if only not in prefix:
+            continue
+        for name, weight in list(module._parameters.items()):
+            if weight is not None:
+                filled = torch.full(weight.shape, 0.01, dtype=dtype)
+                module._parameters[name] = nn.Parameter(filled, requires_grad=weight.requires_grad)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                whole = torch.arange(buffer.numel()).view(buffer.shape)
+                module._buffers[name] = torch.ones(buffer.shape) if buffer.is_floating_point() else whole
+
+
+def _in_4bit(linear: nn.Linear, setting: Setting) -> nn.Module:
+    made = bitsandbytes.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        compute_dtype=torch.bfloat16 if setting.autocast else getattr(torch, setting.dtype),
+        compress_statistics=setting.nested,
+        quant_type="nf4",
+        device="meta",
+    )
+    made.weight = bitsandbytes.nn.Params4bit(
+        linear.weight.data,
+        requires_grad=False,
+        compress_statistics=setting.nested,
+        quant_type="nf4",
+        module=made,
+    )._quantize(torch.device("cpu"))
+    return made
+
+
+def batch_of(case: Case) -> dict[str, torch.Tensor]:
+    """Ids with one run of image tokens per row, and labels at its end."""
+    shape = case.shape
+    ids = torch.full((shape.rows, shape.tokens), 5)
+    ids[:, 4 : 4 + shape.image_tokens] = case.config.image_token_id
+    labels = torch.full_like(ids, -100)
+    labels[:, -shape.supervised :] = 7
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "pixel_values": torch.zeros(shape.rows * shape.crops, 3, 336, 336),
+        "image_sizes": torch.tensor([[side * 336 for side in grid_of(shape)]] * shape.rows),
+    }
+
+
+def grid_of(shape: Shape) -> tuple[int, int]:
+    """The square or nearly square grid of so many local crops."""
+    (width, height), *_ = shape.sizes
+    return height // 336, width // 336
+
+
+@contextmanager
+def without_values(case: Case) -> Iterator[None]:
+    """Lets the model run on tensors without data, where it would look at ids and sizes to check them."""
+
+    def features(self: Phi3VModel, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
+        height, width = grid_of(case.shape)
+        merged = self._merge_patches(self._vision_features(pixel_values))
+        return self.multi_modal_projector(
+            self.multi_modal_projector.arrange(merged, [(height * 336, width * 336)] * case.shape.rows)
+        )
+
+    def place(self: Phi3VModel, ids: torch.Tensor, embeds: torch.Tensor, found: torch.Tensor, _: Any) -> torch.Tensor:
+        return embeds.masked_scatter((ids == self.config.image_token_id).unsqueeze(-1), found.to(embeds))
+
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(mock.patch.object(Phi3VModel, "get_image_features", features))
+        stack.enter_context(mock.patch.object(Phi3VModel, "_place", place))
+        yield
+
+
+def measure(case: Case, *, data: bool = True) -> Measured:
+    """
+    Runs one training step and counts.
+
+    Args:
+        case (`Case`): What is run.
+        data (`bool`, *optional*, defaults to `True`): Whether with numbers; else nothing is computed, only counted.
+
+    Returns:
+        `Measured`: Bytes.
+    """
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+    with nullcontext() if data else without_values(case):
+        model = build(case)
+        every = [*model.parameters(), *model.buffers()]
+        states = [weight.quant_state for weight in every if isinstance(weight, bitsandbytes.nn.Params4bit)]
+        constants = [tensor for state in states for tensor in _tensors(state)]
+        live = Live(iter([*every, *constants]))
+        peaks: list[int] = []
+
+        def note(*_: Any) -> None:
+            peaks.append(live.peak)
+            live.peak = live.now
+
+        def at_last_hidden_state(_: Any, __: Any, output: Any) -> None:
+            note()
+            output.last_hidden_state.register_hook(note)
+
+        inner = model.get_base_model().model if case.setting.lora else model.model
+        inner.register_forward_hook(at_last_hidden_state)
+        with live:
+            batch = batch_of(case)
+            with torch.autocast("cpu", torch.bfloat16, enabled=case.setting.autocast):
+                output = model(**batch, fused_lm_head=True)
+            loss = -output.log_probs.sum()
+            kept = live.now
+            del output
+            loss.backward()
+            del loss
+        trained = [weight for weight in model.parameters() if weight.grad is not None]
+        optimiser = torch.optim.AdamW(trained, fused=data)
+        optimiser.step()
+        moments = [value for state in optimiser.state.values() for key, value in state.items() if key != "step"]
+        return Measured(
+            parameters=sum(_bytes(tensor) for tensor in [*model.parameters(), *constants]),
+            gradients=sum(_bytes(weight.grad) for weight in trained),
+            optimiser=sum(_bytes(tensor) for tensor in moments),
+            kept=kept,
+            loss=peaks[1],
+            back=live.peak,
+        )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _tensors(state: Any) -> list[torch.Tensor]:
+    own = [state.absmax, state.code, state.offset] + ([] if state.state2 is None else _tensors(state.state2))
+    return [tensor for tensor in own if tensor is not None]
+
+
+def estimated(case: Case) -> Measured:
+    """The same figures, by arithmetic."""
+    step = Step(case.setting, case.config, weights_of(case.config), case.shape)
+    moments = {name: sum(parts.values()) for name, parts in step.moments().items()}
+    return Measured(
+        parameters=sum(step.weights_stored().values()) + (4 * step.trained if case.setting.lora else 0),
+        gradients=4 * step.trained,
+        optimiser=step.optimiser(),
+        kept=step.kept(),
+        loss=max(moments["loss"], moments["loss backwards"]),
+        back=max(most for name, most in moments.items() if name.endswith(" back")),
+    )
+
+
+def mid_size() -> list[Case]:
+    """Models of up to a tenth of a billion weights, in every way of training them."""
+    middle = config_of(512, 4, 8, 1536, 6)
+    wide = config_of(1024, 3, 16, 2816, 3, 512)
+    one = Shape(1, 800, 757, 5, 20, ((672, 672),))
+    two = replace(one, rows=2)
+    small = Shape(2, 400, 313, 2, 24, ((336, 336),))
+    qlora = Setting(bits=4, nested=True, rank=32, cuda=False)
+    lora = Setting(rank=32, cuda=False)
+    full = Setting(dtype="float32", lora=False, cuda=False)
+    return [
+        Case("QLoRA", middle, qlora, one),
+        Case("QLoRA, no checkpointing", middle, replace(qlora, checkpointing=False), one),
+        Case("QLoRA, float32", wide, replace(qlora, dtype="float32", autocast=False, dropout=0.0), small),
+        Case("LoRA", middle, lora, two),
+        Case("LoRA, no checkpointing", middle, replace(lora, checkpointing=False), two),
+        Case("LoRA, no dropout, no checkpointing", wide, replace(lora, checkpointing=False, dropout=0.0), one),
+        Case("LoRA on all parts", middle, replace(lora, adapt=("language_model", "projector", "vision_tower")), one),
+        Case("LoRA, eager attention", wide, replace(lora, attention="eager", checkpointing=False), small),
+        Case("full", middle, full, one),
+        Case("full, no checkpointing", middle, replace(full, checkpointing=False), one),
+        Case("full, float32", wide, replace(full, autocast=False), small),
+    ]
+
+
+def full_size() -> list[Case]:
+    """Phi-3-vision, 16 crops unless said otherwise. No 4-bit: bitsandbytes cannot quantise what has no data."""
+    real = config_of(3072, 32, 32, 8192, 24)
+    one = Shape(1, 2600, 2509, 17, 40, ((1344, 1344),))
+    few = Shape(4, 850, 757, 5, 40, ((672, 672),))
+    lora = Setting(rank=32, cuda=False)
+    full = Setting(dtype="float32", lora=False, cuda=False)
+    every = ("language_model", "projector", "vision_tower")
+    return [
+        Case("LoRA", real, lora, one),
+        Case("LoRA, 2 rows", real, lora, replace(one, rows=2)),
+        Case("LoRA, 4 rows of 4 crops, no checkpointing", real, replace(lora, checkpointing=False), few),
+        Case("LoRA, no checkpointing, no dropout", real, replace(lora, checkpointing=False, dropout=0.0), one),
+        Case("LoRA on all parts", real, replace(lora, adapt=every), one),
+        Case("full", real, full, one),
+        Case("full, 4 rows of 4 crops, no checkpointing", real, replace(full, checkpointing=False), few),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full_size", action="store_true", help="Phi-3-vision itself, on tensors without data")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, Python {platform.python_version()}; MB: measured / estimated\n")
+    columns = ["weights, adapters", "gradients", "optimiser", "kept", "at the loss", "layers back"]
+    print(f"| setting | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for case in full_size() if options.full_size else mid_size():
+        # Tensors without data have no values to see that nothing is padding, so that sdpa always gets its mask.
+        case = replace(case, shape=replace(case.shape, padded=True)) if options.full_size else case
+        found, said = measure(case, data=not options.full_size), estimated(case)
+        cells = []
+        for name, counted in vars(found).items():
+            other = getattr(said, name)
+            cells.append(f"{counted / 1e6:,.1f} / {other / 1e6:,.1f} ({other / counted - 1:+.1%})")
+        print(f"| {case.name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,956 @@
+"""Does a recipe fit a GPU, and what does an epoch cost on it: arithmetic on sizes, before anything is loaded.
+
+The largest batch that a recipe can draw decides about memory ([`Shape`]). A step has moments that can be its fullest,
+and the one that is names the peak ([`Memory.moment`]):
+
+    CLIP reads → … → loss, and backwards → last layer back → … → first layer back → CLIP back → … → optimiser step
+    └ nothing kept    └ everything kept                        └ most gradients     └ if it is trained └ all gradients
+
+`docs/fit.md` has every formula with its reason, and what was measured against it.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from sft_phi3v.activations import Layer, Numerics, decoder_layer, vision_forward, vision_layer
+from sft_phi3v.collator import Lengths
+from sft_phi3v.model import NEVER_QUANTISED, PARTS
+from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM
+from sft_phi3v.phi3_v.image_processing_phi3_v import CROP, num_image_tokens, scaled_size
+from sft_phi3v.recipe import Recipe
+
+GB = 1e9
+CONTEXT = 550_000_000  # CUDA's own: 0.4 to 0.6 GB by card and driver; not torch's, so max_memory_allocated lacks it
+FRAGMENTATION = 0.05  # of what a step allocates and frees: assumed
+SCORED_AT_ONCE, VOCABULARY_AT_ONCE = 4096, 32768  # tokens and vocabulary of one tile of TRL's fused LM head
+
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# Numbers kept per trained number, bytes of each, and whether they may be moved to the CPU when memory is short.
+OPTIMISERS: dict[str, tuple[int, int, bool]] = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_anyprecision", "stable_adamw"), (2, 4, False)),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit"), (2, 1, False)),
+    "paged_adamw_32bit": (2, 4, True),
+    "paged_adamw_8bit": (2, 1, True),
+    "sgd": (0, 4, False),
+    **dict.fromkeys(("adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_32bit", "lion_32bit"), (1, 4, False)),
+    **dict.fromkeys(("lion_8bit", "rmsprop_bnb_8bit"), (1, 1, False)),
+    "paged_lion_32bit": (1, 4, True),
+    "paged_lion_8bit": (1, 1, True),
+    "ademamix": (3, 4, False),
+    "ademamix_8bit": (3, 1, False),
+    "paged_ademamix_32bit": (3, 4, True),
+    "paged_ademamix_8bit": (3, 1, True),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """
+    The largest batch that rows can make: each number is the largest of any row.
+
+    Args:
+        rows (`int`): Rows per device and step.
+        tokens (`int`): Tokens per row, padded.
+        image_tokens (`int`): Of these, a row's pictures'.
+        crops (`int`): Crops per row, each picture's global one among them.
+        supervised (`int`): Supervised tokens per row.
+        sizes (`tuple[tuple[int, int], ...]`): Width and height of the pictures of the row with the most image tokens.
+        padded (`bool`): Whether a batch may hold rows of several lengths.
+    """
+
+    rows: int
+    tokens: int
+    image_tokens: int
+    crops: int
+    supervised: int
+    sizes: tuple[tuple[int, int], ...] = ()
+    padded: bool = False
+
+    @classmethod
+    def of(cls, lengths: Sequence[Lengths], recipe: Recipe, num_crops: int) -> "Shape":
+        """
+        Args:
+            lengths (sequence of [`Lengths`]): Of every row that may be trained on.
+            recipe ([`Recipe`]): Its batch size, and `pad_to_multiple_of`.
+            num_crops (`int`): Most local crops of a picture.
+
+        Returns:
+            [`Shape`]: The largest batch.
+        """
+        rows, multiple = recipe.training.per_device_train_batch_size, recipe.training.pad_to_multiple_of or 1
+        longest = max(found.tokens for found in lengths)
+        fullest = max(lengths, key=lambda found: found.image_tokens)
+        return cls(
+            rows=rows,
+            tokens=-(-longest // multiple) * multiple,
+            image_tokens=fullest.image_tokens,
+            crops=max(sum(math.prod(grid(size, num_crops)) + 1 for size in found.sizes) for found in lengths),
+            supervised=max(found.supervised for found in lengths),
+            sizes=fullest.sizes,
+            padded=rows > 1 and len({found.tokens for found in lengths}) > 1,
+        )
+
+    @classmethod
+    def worst(cls, recipe: Recipe, num_crops: int, *, text: int = 64, supervised: int = 32) -> "Shape":
+        """Without any row: one square picture per row, and so many tokens of text, of which some are supervised."""
+        size = (CROP * math.isqrt(num_crops),) * 2
+        made = cls(recipe.training.per_device_train_batch_size, text, 0, 0, supervised, (size,))
+        return made.with_crops(num_crops)
+
+    def with_crops(self, num_crops: int) -> "Shape":
+        """The same rows, with their pictures cut into at most so many crops."""
+        grids = [grid(size, num_crops) for size in self.sizes]
+        image_tokens = sum(num_image_tokens(*found) for found in grids)
+        crops = sum(math.prod(found) + 1 for found in grids)
+        tokens = self.tokens - self.image_tokens + image_tokens
+        return replace(self, tokens=tokens, image_tokens=image_tokens, crops=crops)
+
+
+def grid(size: tuple[int, int], num_crops: int) -> tuple[int, int]:
+    """Rows and columns of local crops of a picture of this width and height."""
+    (width, height), transposed = scaled_size(*size, num_crops)
+    rows, columns = math.ceil(height / CROP), width // CROP
+    return (columns, rows) if transposed else (rows, columns)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    What of a recipe decides about memory and time. What `estimate_memory` and the rest are asked about.
+
+    Args:
+        dtype (`str`): Of weights that are not quantised: bfloat16, float16, float32, or auto for the checkpoint's own.
+        autocast (`bool`): `bf16` or `fp16`.
+        bits (`int`, *optional*): 4 or 8 where the decoder's linears are quantised.
+        nested (`bool`): Double quantisation.
+        lora (`bool`): Adapters; else every weight that is computed is trained.
+        adapt (`tuple[str, ...]`): Parts with adapters.
+        targets (`str` or `tuple[str, ...]`, *optional*): The recipe's own `lora_target_modules`.
+        rank (`int`), dropout (`float`): LoRA's.
+        checkpointing (`bool`): Activation checkpointing.
+        attention (`str`): sdpa, flash_attention_2 or eager.
+        optimiser (`str`): Its name in transformers.
+        rows (`int`), accumulation (`int`): Rows per device and forward pass, and passes per step.
+        processes (`int`): GPUs.
+        sharded (`bool`): FSDP: weights, gradients and optimiser are shared out over them.
+        cuda (`bool`): `False` describes a step on a CPU, which keeps wider dropout masks and scores every position.
+    """
+
+    dtype: str = "bfloat16"
+    autocast: bool = True
+    bits: int | None = None
+    nested: bool = False
+    lora: bool = True
+    adapt: tuple[str, ...] = ("language_model",)
+    targets: str | tuple[str, ...] | None = None
+    rank: int = 16
+    dropout: float = 0.05
+    checkpointing: bool = True
+    attention: str = "sdpa"
+    optimiser: str = "adamw_torch_fused"
+    rows: int = 1
+    accumulation: int = 1
+    processes: int = 1
+    sharded: bool = False
+    cuda: bool = True
+
+    @classmethod
+    def of(cls, recipe: Recipe, *, processes: int = 1) -> "Setting":
+        """The setting of a recipe, on so many GPUs."""
+        model, training = recipe.model, recipe.training
+        targets = model.lora_target_modules
+        return cls(
+            dtype=str(model.dtype or "float32"),
+            autocast=bool(training.bf16 or training.fp16),
+            bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else None,
+            nested=model.use_bnb_nested_quant,
+            lora=model.use_peft,
+            adapt=tuple(recipe.task.adapt),
+            targets=tuple(targets) if isinstance(targets, list) else targets,
+            rank=model.lora_r,
+            dropout=model.lora_dropout,
+            checkpointing=bool(recipe.settings.get("activation_checkpointing")),
+            attention=model.attn_implementation or "sdpa",
+            optimiser=str(getattr(training.optim, "value", training.optim)),
+            rows=training.per_device_train_batch_size,
+            accumulation=training.gradient_accumulation_steps,
+            processes=processes,
+            sharded=bool(training.fsdp),
+            cuda=not recipe.settings.get("use_cpu"),  # load_recipe sets training's own where no GPU is seen
+        )
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of the base model: its part, its shape, whether it is a linear's, and whether it is ever computed."""
+
+    name: str
+    part: str
+    shape: tuple[int, ...]
+    linear: bool
+    computed: bool
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def weights_of(config: Phi3VConfig) -> tuple[Weight, ...]:
+    """Every tensor of the model, from one that is built without memory."""
+    with torch.device("meta"):
+        model = Phi3VForCausalLM(config)
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unused = re.compile(
+        "|".join(
+            [r"model\.vision_tower\.post_layernorm\.", r"model\.vision_tower\.embeddings\.position_ids"]
+            + [
+                rf"model\.vision_tower\.encoder\.layers\.{layer}\."
+                for layer in range(model.model.vision_layers, config.vision_config.num_hidden_layers)
+            ]
+        )
+    )
+    return tuple(
+        Weight(
+            name=name,
+            part=next(part for part, prefix in PARTS.items() if name.startswith(prefix)),
+            shape=tuple(weight.shape),
+            linear=name in linears,
+            computed=not unused.match(name),
+        )
+        for name, weight in model.named_parameters()
+    )
+
+
+def adapted_weights(setting: Setting, weights: Iterable[Weight]) -> list[Weight]:
+    """The linears that get LoRA. As in PEFT, one text of targets is a pattern for whole names, a list has ends."""
+    if not setting.lora:
+        return []
+    linears = [(weight, weight.name.removesuffix(".weight")) for weight in weights if weight.linear]
+    if setting.targets is None:
+        return [weight for weight, _ in linears if weight.computed and weight.part in setting.adapt]
+    if isinstance(setting.targets, str):
+        return [weight for weight, name in linears if re.fullmatch(setting.targets, name)]
+    return [weight for weight, name in linears if any(f".{name}".endswith(f".{end}") for end in setting.targets)]
+
+
+def quantised(weight: Weight) -> bool:
+    """Whether this tensor is stored in 4 or 8 bits where the recipe quantises."""
+    return weight.linear and not any(weight.name.startswith(f"{part}.") for part in NEVER_QUANTISED)
+
+
+def stored_bytes(weight: Weight, setting: Setting, width: int) -> int:
+    """
+    Bytes of one weight on the device, with its quantisation constants.
+
+    Args:
+        weight ([`Weight`]): The tensor.
+        setting ([`Setting`]): How it is stored.
+        width (`int`): Bytes per number that is not quantised.
+
+    Returns:
+        `int`: Bytes.
+    """
+    if setting.bits is None or not quantised(weight):
+        return weight.numel * width
+    if setting.bits == 8:
+        return weight.numel + weight.shape[0] * 4  # and one float32 scale per row
+    blocks = -(-weight.numel // 64)
+    code = 16 * 4
+    if not setting.nested:
+        return -(-weight.numel // 2) + blocks * 4 + code  # a float32 scale per 64 numbers
+    # The scales in 8 bits, their own float32 scale per 256 of them, their code book, and their mean.
+    return -(-weight.numel // 2) + blocks + -(-blocks // 256) * 4 + 256 * 4 + 4 + code
+
+
+def optimiser_bytes(optimiser: str, shapes: Iterable[tuple[int, ...]]) -> int:
+    """
+    What an optimiser keeps on the GPU for tensors of these shapes.
+
+    Args:
+        optimiser (`str`): `optim`, as transformers names it.
+        shapes (iterable of `tuple[int, ...]`): The trained tensors.
+
+    Returns:
+        `int`: Bytes. Paged states count where they cannot leave the GPU.
+
+    Raises:
+        ValueError: If nothing is known about that optimiser.
+    """
+    if optimiser == "adafactor":  # a row's and a column's mean of squares; all of a vector's
+        return sum(4 * (sum(shape[-2:]) * math.prod(shape[:-2]) if len(shape) > 1 else shape[0]) for shape in shapes)
+    if optimiser not in OPTIMISERS:
+        known = ", ".join(sorted([*OPTIMISERS, "adafactor"]))
+        raise ValueError(f"`optim` is {optimiser!r}, whose memory is not known. Known are {known}.")
+    states, width, paged = OPTIMISERS[optimiser]
+    total = 0
+    for numel in map(math.prod, shapes):
+        if paged and numel >= 100_000:
+            continue
+        small = width == 1 and numel < 4096  # bitsandbytes keeps these in float32
+        total += states * (numel * (4 if small else width) + (-(-numel // 256) * 4 if width == 1 and not small else 0))
+    return total
+
+
+@dataclass(frozen=True)
+class Memory:
+    """
+    The peak of a training step on one GPU.
+
+    Args:
+        parts (`Mapping[str, int]`): Bytes by what holds them; together they are the peak.
+        moment (`str`): When in a step that is.
+        shape ([`Shape`]): The batch.
+    """
+
+    parts: Mapping[str, int]
+    moment: str
+    shape: Shape
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def allocated(self) -> int:
+        """What torch allocates: `torch.cuda.max_memory_allocated`, which knows no context and no gaps."""
+        return self.total - self.parts.get("CUDA context", 0) - self.parts.get("fragmentation", 0)
+
+
+def estimate_memory(recipe: Recipe, config: Phi3VConfig, shape: Shape, *, processes: int = 1) -> Memory:
+    """
+    The most memory that a training step takes on one GPU.
+
+    Args:
+        recipe ([`Recipe`]): The recipe.
+        config ([`Phi3VConfig`]): Of its base model.
+        shape ([`Shape`]): Its largest batch.
+        processes (`int`, *optional*, defaults to `1`): GPUs.
+
+    Returns:
+        [`Memory`]: Bytes, part by part.
+
+    Raises:
+        ValueError: If nothing is known about the recipe's optimiser.
+    """
+    return memory_of(Setting.of(recipe, processes=processes), config, weights_of(config), shape)
+
+
+def memory_of(setting: Setting, config: Phi3VConfig, weights: Sequence[Weight], shape: Shape) -> Memory:
+    """As [`estimate_memory`], for a setting that no recipe needs to hold; `weights` from [`weights_of`]."""
+    step = Step(setting, config, weights, shape)
+    fixed = step.weights_stored()
+    if setting.lora:
+        fixed["LoRA (float32)"] = 4 * step.trained // step.shares
+    fixed[f"optimiser ({setting.optimiser})"] = step.optimiser()
+    moments = step.moments()
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    parts = {**fixed, **moments[moment]}
+    if setting.cuda:
+        parts["fragmentation"] = round(FRAGMENTATION * sum(moments[moment].values()))
+        parts["CUDA context"] = CONTEXT
+    return Memory(parts, moment, shape)
+
+
+class Step:
+    """The moments of one training step, and what lives in each."""
+
+    def __init__(self, setting: Setting, config: Phi3VConfig, weights: Sequence[Weight], shape: Shape):
+        self.setting, self.config, self.weights, self.shape = setting, config, weights, shape
+        own = str(config.dtype or "float32").removeprefix("torch.")
+        self.dtype = own if setting.dtype == "auto" else setting.dtype
+        self.stored = DTYPES[self.dtype]
+        self.kind = Numerics(
+            stored=self.stored,
+            autocast=2 if setting.autocast else None,
+            quantised=setting.bits is not None,
+            full=not setting.lora,
+            rank=setting.rank,
+            dropout=setting.dropout if setting.lora else 0.0,
+            attention=setting.attention,
+            padded=shape.padded,
+            cuda=setting.cuda,
+        )
+        self.adapted = adapted_weights(setting, weights)
+        self.trained_shapes: list[tuple[int, ...]] = [
+            shape for one in self.adapted for shape in ((setting.rank, one.shape[1]), (one.shape[0], setting.rank))
+        ]
+        if not setting.lora:
+            self.trained_shapes = [weight.shape for weight in weights if weight.computed]
+        self.trained = sum(map(math.prod, self.trained_shapes))
+        self.parts = set(PARTS) if not setting.lora else {weight.part for weight in self.adapted}
+        self.n, self.width = shape.rows * shape.tokens, config.hidden_size
+        self.shares = setting.processes if setting.sharded else 1
+
+    def weights_stored(self) -> dict[str, int]:
+        """Bytes of the base model's weights, by part and storage."""
+        stored: dict[str, int] = {}
+        for weight in self.weights:
+            few = self.setting.bits is not None and quantised(weight)
+            key = f"weights: {weight.part} ({f'{self.setting.bits}-bit' if few else self.dtype})"
+            stored[key] = stored.get(key, 0) + stored_bytes(weight, self.setting, self.stored)
+        return {key: value // self.shares for key, value in stored.items()}
+
+    def optimiser(self) -> int:
+        """Bytes of the optimiser's states."""
+        return optimiser_bytes(self.setting.optimiser, self.trained_shapes) // self.shares
+
+    def decoder(self) -> Layer:
+        return decoder_layer(
+            rows=self.shape.rows,
+            tokens=self.shape.tokens,
+            hidden=self.width,
+            inner=self.config.intermediate_size,
+            heads=self.config.num_attention_heads,
+            kv_heads=self.config.num_key_value_heads or self.config.num_attention_heads,
+            kind=self.kind,
+            adapted="language_model" in self.parts and self.setting.lora,
+        )
+
+    @property
+    def vision_layers(self) -> int:
+        return range(self.config.vision_config.num_hidden_layers + 1)[
+            (self.config.img_processor or {}).get("layer_idx", -2)
+        ]
+
+    @property
+    def patches(self) -> int:
+        vision = self.config.vision_config
+        return self.shape.rows * self.shape.crops * ((vision.image_size // vision.patch_size) ** 2 + 1)
+
+    def vision(self) -> Layer:
+        vision = self.config.vision_config
+        return vision_layer(
+            patches=self.patches,
+            width=vision.hidden_size,
+            inner=vision.intermediate_size,
+            heads=vision.num_attention_heads,
+            kind=self.kind,
+            adapted=self.setting.lora,
+        )
+
+    def projector_saved(self) -> int:
+        """Inputs of both linears and of the GELU between, where the projector or CLIP before it is trained."""
+        if not {"projector", "vision_tower"} & self.parts:
+            return 0
+        image, compute = self.shape.rows * self.shape.image_tokens, self.kind.compute
+        merged = 4 * self.config.vision_config.hidden_size
+        saved = image * self.width * compute  # GELU's input
+        if "projector" in self.parts:
+            saved += image * (merged + self.width) * (compute if self.kind.full else self.kind.adapter)
+            if self.kind.dropout:
+                given = 1 if self.setting.cuda else 4
+                saved += image * (merged + self.width) * given
+        return saved
+
+    def cast(self, prefix: str = "", *, layers: int = 1) -> int:
+        """
+        Copies that autocast makes of weights that are not stored as it computes: of one layer of `layers`, or of all
+        that start with `prefix`.
+        """
+        if not self.setting.autocast:
+            return 0
+        total = sum(
+            weight.numel
+            for weight in self.weights
+            if weight.linear and weight.computed and weight.name.startswith(prefix) and weight.part != "lm_head"
+            if self.stored != 2 and not (self.setting.bits and quantised(weight))
+        )
+        adapters = [weight for weight in self.adapted if weight.name.startswith(prefix)]
+        total += self.setting.rank * sum(sum(weight.shape) for weight in adapters)
+        return 2 * total // layers
+
+    def dequantised(self) -> int:
+        """The largest 4-bit weight, as it is computed with."""
+        if not self.setting.bits:
+            return 0
+        return self.kind.compute * max(weight.numel for weight in self.weights if quantised(weight))
+
+    def head(self, *, back: bool) -> int:
+        """TRL's fused LM head: a tile of logits; in its backward pass also the gradient of hidden states, float32."""
+        shape, vocabulary = self.shape, self.config.vocab_size
+        scored = shape.rows * (shape.supervised if self.setting.cuda else shape.tokens - 1)
+        tile = min(scored, SCORED_AT_ONCE) * VOCABULARY_AT_ONCE
+        logits = tile * self.kind.compute
+        if (
+            not self.setting.cuda
+        ):  # Without Triton, float32: three numbers for each logit; back, seven and a truth value
+            logits += (29 if back else 12) * min(scored, SCORED_AT_ONCE) * min(vocabulary, VOCABULARY_AT_ONCE)
+        if self.stored != self.kind.compute:
+            logits += min(vocabulary, VOCABULARY_AT_ONCE) * self.width * self.kind.compute
+        if self.setting.cuda or shape.rows > 1:
+            logits += scored * self.width * self.stored  # the hidden states that are scored, put together
+        return logits + (scored * self.width * 4 if back else 0)
+
+    @property
+    def input_grad(self) -> bool:
+        """Whether the decoder's first layer gets a gradient for its input: under checkpointing PEFT asks for it."""
+        return self.kind.full or self.setting.checkpointing or bool({"projector", "vision_tower"} & self.parts)
+
+    def held(self) -> int:
+        """Activations from the decoder's forward pass on: of its layers, the pictures themselves, and masks."""
+        shape, layer, layers = self.shape, self.decoder(), self.config.num_hidden_layers
+        held = layers * (layer.stream if self.setting.checkpointing else layer.saved) + self.pixels()
+        if not self.input_grad:
+            held -= layer.less
+        if self.setting.checkpointing and self.setting.lora:
+            held += layer.stream  # the embeddings, which PEFT makes a leaf that gets a gradient
+        if self.kind.attention == "sdpa" and shape.padded:
+            held += shape.rows * shape.tokens**2
+        if self.kind.attention == "eager":
+            held += shape.rows * shape.tokens**2 * self.stored
+        return held
+
+    def pixels(self) -> int:
+        """The batch's crops, float32."""
+        return self.shape.rows * self.shape.crops * 3 * CROP * CROP * 4
+
+    def seen(self) -> int:
+        """Activations of CLIP and projector, where these are trained."""
+        if "vision_tower" not in self.parts:
+            return self.projector_saved()
+        vision, checkpointing = self.vision(), self.setting.checkpointing
+        seen = self.vision_layers * (vision.stream if checkpointing else vision.saved) + self.projector_saved()
+        if self.kind.full or checkpointing:  # a gradient for what the first layer reads: the norm before it keeps that
+            seen += vision.stream * (1 if self.kind.full else 2)
+            return seen + (self.pixels() // 2 if self.kind.full and self.setting.autocast else 0)
+        return seen - vision.less
+
+    def last_norm(self) -> int:
+        """What the norm after the last layer keeps, and its output."""
+        stream = self.n * self.width * self.stored
+        return self.n * self.width * 4 + (2 if self.kind.full else 1) * stream
+
+    def kept(self) -> int:
+        """Everything but weights that lives from the forward to the backward pass."""
+        # Of what is cast, checkpointing leaves the projector's, which is in none of its layers.
+        casts = self.cast("model.multi_modal_projector.") if "projector" in self.parts else 0
+        if not self.setting.checkpointing:
+            casts = self.cast()
+        return self.held() + self.seen() + self.last_norm() + casts
+
+    def moments(self) -> dict[str, dict[str, int]]:
+        """What there is beside weights, adapters and optimiser, at each moment that can be the fullest."""
+        setting, layer = self.setting, self.decoder()
+        again = layer.saved if setting.checkpointing else 0
+        held, seen, stream = self.held(), self.seen(), self.n * self.width * self.stored
+        decoder = self.cast("model.language_model.layers.", layers=self.config.num_hidden_layers)
+        gradients = 4 * self.trained // self.shares
+        buckets = gradients if setting.processes > 1 and not setting.sharded else 0  # DDP sends copies
+        before = buckets + (gradients if setting.accumulation > 1 else 0)
+        # The passes before have made all of them; else those of embeddings come last, and CLIP's before these.
+        late = 0 if setting.accumulation > 1 else self.gradients_of("model.language_model.embed_tokens.")
+        later = 0 if setting.accumulation > 1 else self.gradients_of("model.vision_tower.")
+        after = buckets + gradients
+        product = self.largest_product()
+        extra = {"dequantised weight": self.dequantised()} if setting.bits else {}
+        if setting.sharded:
+            extra["gathered layers"] = self.gathered()
+
+        def moment(activations: int, casts: int, grads: int) -> dict[str, int]:
+            return {"activations": activations, "casts by autocast": casts, "gradients": grads, **extra}
+
+        every = self.cast()
+        projector = self.cast("model.multi_modal_projector.") if "projector" in self.parts else 0
+        # Until the forward pass is over, autocast keeps its copies of what is trained, checkpointing or not.
+        cached = every if self.kind.full or not setting.checkpointing else projector + 2 * self.trained
+        graph = projector if setting.checkpointing else every
+        # A loss over an lm_head that is trained makes that gradient first, beside the one of the passes before.
+        head = 4 * self.config.vocab_size * self.width // self.shares if self.kind.full else 0
+        found = {
+            "CLIP reads": moment(self.reading(), 0, before),
+            "loss": moment(held + seen + self.last_norm() + stream, cached, before) | {"logits": self.head(back=False)},
+            "loss backwards": moment(held + seen + self.last_norm() + 2 * stream, graph, before + head)
+            | {"logits": self.head(back=True)},
+            "last layer back": moment(
+                held + seen + again + layer.working + stream + product,
+                decoder if setting.checkpointing else every,
+                before + head,
+            ),
+            "first layer back": moment(
+                self.pixels() + seen + layer.saved + layer.working + stream + product,
+                decoder,
+                after - late - later,
+            ),
+            "embeddings back": moment(self.pixels(), 0, after),
+            "optimiser step": moment(0, 0, after + (gradients if setting.optimiser == "adamw_torch" else 0)),
+        }
+        if "vision_tower" in self.parts:
+            vision = self.vision()
+            again = vision.saved if setting.checkpointing else 0
+            one = self.cast("model.vision_tower.", layers=self.vision_layers)
+            found["CLIP's last layer back"] = moment(
+                self.pixels() + seen + again + vision.working + product,
+                one if setting.checkpointing else self.cast("model.vision_tower."),
+                after - late - later,
+            )
+            found["CLIP's first layer back"] = moment(
+                self.pixels() + vision.stream + vision.saved + vision.working + product, one, after - late
+            )
+        return found
+
+    def reading(self) -> int:
+        """While CLIP reads and nothing else is there."""
+        vision, kind = self.config.vision_config, self.kind.without_quantisation()
+        sizes = {"width": vision.hidden_size, "inner": vision.intermediate_size, "kind": kind}
+        return vision_forward(patches=self.patches, crops=self.shape.rows * self.shape.crops, **sizes)
+
+    def largest_product(self) -> int:
+        """The gradient of the largest linear as it is computed, before it is added to the others."""
+        if not self.kind.full:
+            return 0
+        linears = [weight.numel for weight in self.weights if weight.linear and weight.part != "lm_head"]
+        return self.kind.compute * max(linears)
+
+    def gradients_of(self, prefix: str) -> int:
+        """Bytes of the gradients of what starts with `prefix`, on one GPU."""
+        if self.setting.lora:
+            found = [weight for weight in self.adapted if weight.name.startswith(prefix)]
+            return 4 * self.setting.rank * sum(sum(weight.shape) for weight in found) // self.shares
+        found = [weight for weight in self.weights if weight.computed and weight.name.startswith(prefix)]
+        return 4 * sum(weight.numel for weight in found) // self.shares
+
+    def gathered(self) -> int:
+        """Two decoder layers put together from their shards: the one at work and the next."""
+        decoder = [weight for weight in self.weights if weight.name.startswith("model.language_model.layers.")]
+        total = sum(stored_bytes(weight, self.setting, self.kind.compute) for weight in decoder)
+        return 2 * total // self.config.num_hidden_layers
+
+
+@dataclass(frozen=True)
+class GPU:
+    """
+    What is public about a GPU.
+
+    Args:
+        memory (`float`): GiB, as CUDA reports them, rounded down.
+        tflops (`float`): Peak of dense matrix products in bfloat16 (float16, where `bf16` is false), in TFLOP/s.
+        price (`float`): Dollars per hour: an example of what it is rented out for on demand, to be overridden.
+        bf16 (`bool`): Whether it has bfloat16.
+    """
+
+    memory: float
+    tflops: float
+    price: float
+    bf16: bool = True
+
+    @property
+    def bytes(self) -> int:
+        return round(self.memory * 2**30)
+
+
+GPUS = {
+    "T4": GPU(14.5, 65, 0.35, bf16=False),
+    "V100": GPU(15.7, 125, 0.60, bf16=False),
+    "L4": GPU(22.0, 121, 0.70),
+    "A10G": GPU(22.0, 70, 1.00),
+    "RTX 3090": GPU(23.5, 71, 0.25),
+    "RTX 4090": GPU(23.5, 165, 0.40),
+    "A100-40": GPU(39.3, 312, 1.30),
+    "L40S": GPU(44.3, 362, 1.10),
+    "A100-80": GPU(79.1, 312, 1.80),
+    "H100": GPU(79.1, 989, 3.00),
+    "H200": GPU(139.7, 989, 3.80),
+}
+
+
+def find_gpu(name: str) -> tuple[str, GPU]:
+    """The GPU of the table that is meant, in any letter case; a `ValueError` if there is none."""
+    plain = {re.sub(r"[^a-z0-9]", "", known.lower()): known for known in GPUS}
+    given = re.sub(r"[^a-z0-9]|nvidia|geforce|gb$", "", name.lower())
+    given = {"a100": "a10040"}.get(given, given)
+    if given not in plain:
+        raise ValueError(f"`gpu` is {name!r}, expected one of {', '.join(GPUS)}.")
+    return plain[given], GPUS[plain[given]]
+
+
+def flops_per_row(setting: Setting, config: Phi3VConfig, weights: Sequence[Weight], shape: Shape) -> float:
+    """
+    Floating-point operations of training on one row.
+
+    Args:
+        setting ([`Setting`]): Adapters or all weights; activation checkpointing.
+        config ([`Phi3VConfig`]): Sizes.
+        weights (sequence of [`Weight`]): From [`weights_of`].
+        shape ([`Shape`]): Its `tokens`, `image_tokens`, `crops` and `supervised` are those of the row.
+
+    Returns:
+        `float`: A product of matrices and its sum count as two.
+    """
+    step, vision = Step(setting, config, weights, shape), config.vision_config
+    numbers = dict.fromkeys(PARTS, 0)
+    for weight in weights:
+        if weight.linear and weight.computed:
+            numbers[weight.part] += weight.numel
+    patches = step.patches // shape.rows
+    forward = {
+        # Scores and sums of values: half of tokens × tokens, since nobody looks ahead.
+        "language_model": 2 * numbers["language_model"] * shape.tokens
+        + 2 * shape.tokens**2 * config.hidden_size * config.num_hidden_layers,
+        "projector": 2 * numbers["projector"] * shape.image_tokens,
+        "vision_tower": 2 * numbers["vision_tower"] * patches
+        + 4 * patches * (patches // shape.crops) * vision.hidden_size * step.vision_layers
+        if shape.crops
+        else 0,
+        "lm_head": 2 * numbers["lm_head"] * shape.supervised,
+    }
+    again = 1 if setting.checkpointing else 0
+    back = 2 if step.kind.full else 1  # gradients of inputs, and of weights
+    times: dict[str, int] = {"language_model": 1 + again + back, "lm_head": 2 + back}  # TRL computes logits twice
+    trained = "vision_tower" in step.parts
+    times["vision_tower"] = 1 + again + back if trained else 1
+    times["projector"] = 1 + back if trained or "projector" in step.parts else 1
+    return float(sum(forward[part] * times[part] for part in PARTS))
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Optimiser steps, seconds and dollars of one epoch."""
+
+    steps: int
+    seconds: float
+    dollars: float
+
+
+def epoch_of(
+    setting: Setting, flops: float, rows: int, gpu: GPU, *, efficiency: float, price: float | None = None
+) -> Epoch:
+    """
+    How long an epoch takes, and what it costs.
+
+    Args:
+        setting ([`Setting`]): Rows per step, and how many GPUs.
+        flops (`float`): Per row, from [`flops_per_row`].
+        rows (`int`): Rows of an epoch.
+        gpu ([`GPU`]): What it runs on.
+        efficiency (`float`): Share of the GPU's peak that is reached.
+        price (`float`, *optional*): Dollars per hour and GPU; else the table's.
+
+    Returns:
+        [`Epoch`]: Of training alone: no evaluation, no start.
+    """
+    steps = -(-rows // (setting.rows * setting.accumulation * setting.processes))
+    seconds = rows * flops / (gpu.tflops * 1e12 * efficiency * setting.processes)
+    return Epoch(steps, seconds, seconds / 3600 * (gpu.price if price is None else price) * setting.processes)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change of recipe keys, the peak that it leads to, and how many bytes less that is."""
+
+    change: str
+    memory: Memory
+    saved: int
+
+
+def remedies(
+    recipe: Recipe, config: Phi3VConfig, shape: Shape, *, processes: int = 1, available: int | None = None
+) -> list[Remedy]:
+    """
+    What would make a recipe take less memory, what helps most first.
+
+    Args:
+        recipe ([`Recipe`]): The recipe.
+        config ([`Phi3VConfig`]): Of its base model.
+        shape ([`Shape`]): Its largest batch.
+        processes (`int`, *optional*, defaults to `1`): GPUs.
+        available (`int`, *optional*): Bytes to fit into. Then the last remedy is a combination that does, if any is.
+
+    Returns:
+        `list[Remedy]`: Each change alone, by what it saves; then, where `available` is given and no change alone is
+        enough, the first combination of them, taken in this order, that fits.
+    """
+    setting, weights = Setting.of(recipe, processes=processes), weights_of(config)
+    now = memory_of(setting, config, weights, shape).total
+    found = []
+    changes = _changes(setting, config, shape)
+    for change, other, batch in changes:
+        memory = memory_of(other(setting), config, weights, batch(shape))
+        if memory.total < now:
+            found.append((Remedy(change, memory, now - memory.total), other, batch))
+    found.sort(key=lambda one: -one[0].saved)
+    alone = [one for one, *_ in found]
+    if available is None or now <= available or any(one.memory.total <= available for one in alone):
+        return alone
+    names: list[str] = []
+    for one, other, batch in found:
+        setting, shape = other(setting), batch(shape)
+        names.append(one.change)
+        memory = memory_of(setting, config, weights, shape)
+        if memory.total <= available:
+            return [*alone, Remedy(" and ".join(names), memory, now - memory.total)]
+    return alone
+
+
+Change = tuple[str, Callable[[Setting], Setting], Callable[[Shape], Shape]]
+
+
+def _changes(setting: Setting, config: Phi3VConfig, shape: Shape) -> list[Change]:
+    """Every change that a recipe can make and this one has not made."""
+
+    def same(batch: Shape) -> Shape:
+        return batch
+
+    made: list[Change] = []
+    if not setting.checkpointing:
+        made.append(("activation_checkpointing: true", lambda one: replace(one, checkpointing=True), same))
+    if setting.rows > 1:
+        rows, passes = setting.rows // 2, setting.accumulation * 2
+        made.append(
+            (
+                f"per_device_train_batch_size: {rows} with gradient_accumulation_steps: {passes}",
+                lambda one: replace(one, rows=rows, accumulation=passes),
+                lambda batch: replace(batch, rows=rows, padded=rows > 1 and batch.padded),
+            )
+        )
+    for crops in (4, 1):
+        if shape.sizes and shape.with_crops(crops).tokens < shape.tokens:
+            made.append((f"num_crops: {crops}", lambda one: one, partial(Shape.with_crops, num_crops=crops)))
+            break
+    if setting.lora and setting.bits is None:
+        made.append(("load_in_4bit: true", lambda one: replace(one, bits=4, nested=True), same))
+    elif setting.lora and setting.bits == 4 and not setting.nested:
+        made.append(("use_bnb_nested_quant: true", lambda one: replace(one, nested=True), same))
+    elif not setting.lora:
+        made.append(
+            (
+                "use_peft: true with load_in_4bit: true and dtype: bfloat16",
+                lambda one: replace(one, lora=True, bits=4, nested=True, dtype="bfloat16"),
+                same,
+            )
+        )
+    if optimiser_bytes(setting.optimiser, [(1 << 20,)]) > optimiser_bytes("paged_adamw_8bit", [(1 << 20,)]):
+        made.append(("optim: paged_adamw_8bit", lambda one: replace(one, optimiser="paged_adamw_8bit"), same))
+    if setting.lora and setting.rank > 8:
+        rank = max(8, setting.rank // 2)
+        made.append((f"lora_r: {rank}", lambda one: replace(one, rank=rank), same))
+    if setting.attention == "eager":
+        made.append(("attn_implementation: sdpa", lambda one: replace(one, attention="sdpa"), same))
+    if setting.processes > 1 and not setting.sharded:
+        made.append(("FSDP (accelerate_configs)", lambda one: replace(one, sharded=True), same))
+    return made
+
+
+def oom_message(
+    recipe: Recipe, config: Phi3VConfig, shape: Shape, available: int | None = None, *, processes: int = 1
+) -> str:
+    """
+    What to say where a GPU's memory was not enough: the three settings that help most, and by how much.
+
+    Args:
+        recipe ([`Recipe`]): The recipe that ran.
+        config ([`Phi3VConfig`]): Of its base model.
+        shape ([`Shape`]): Its largest batch.
+        available (`int`, *optional*): Bytes of the GPU.
+        processes (`int`, *optional*, defaults to `1`): GPUs.
+
+    Returns:
+        `str`: The message.
+    """
+    memory = estimate_memory(recipe, config, shape, processes=processes)
+    found = remedies(recipe, config, shape, processes=processes, available=available)
+    holds = "" if available is None else f" of {available / GB:.1f} GB"
+    lines = [
+        f"The GPU's memory{holds} was not enough: a step of this recipe takes some {memory.total / GB:.1f} GB "
+        f"(estimated for {shape.rows} rows of {shape.tokens:,} tokens). What helps most:"
+    ]
+    return "\n".join([*lines, *_remedy_lines(found, available)])
+
+
+def _remedy_lines(found: Sequence[Remedy], available: int | None) -> list[str]:
+    combined = found[3:] and " and " in found[-1].change
+    shown = [*found[:3], *(found[-1:] if combined else [])]
+    lines = []
+    for one in shown:
+        enough = " (fits)" if available is not None and one.memory.total <= available else ""
+        lines.append(f"  {one.change}: {one.saved / GB:.1f} GB less, {one.memory.total / GB:.1f} GB{enough}")
+    return lines or ["  nothing that a recipe can say: take a larger GPU, or shorter rows."]
+
+
+def fit_report(
+    recipe: Recipe,
+    config: Phi3VConfig,
+    shape: Shape,
+    rows: int,
+    *,
+    gpu: str | None = None,
+    price: float | None = None,
+    processes: int = 1,
+) -> str:
+    """
+    The estimate for people: part by part, against a GPU's memory, and what an epoch takes.
+
+    Args:
+        recipe ([`Recipe`]): The recipe.
+        config ([`Phi3VConfig`]): Of its base model.
+        shape ([`Shape`]): Its largest batch.
+        rows (`int`): Rows to train on.
+        gpu (`str`, *optional*): A GPU of [`GPUS`]; else the one of this machine, or if there is none, all of them.
+        price (`float`, *optional*): Dollars per hour and GPU; else the table's.
+        processes (`int`, *optional*, defaults to `1`): GPUs.
+
+    Returns:
+        `str`: A table.
+
+    Raises:
+        ValueError: If no such GPU is known.
+    """
+    weights, setting = weights_of(config), Setting.of(recipe, processes=processes)
+    memory = memory_of(setting, config, weights, shape)
+    flops = flops_per_row(setting, config, weights, shape)
+    batch = f"{shape.rows} rows of {shape.tokens:,} tokens and {shape.crops} crops"
+    lines = [f"memory{' per GPU' * setting.cuda}, estimated for {batch}:"]
+    for part, count in memory.parts.items():
+        if count >= 0.005 * GB:
+            lines.append(f"  {part:<44} {count / GB:>7.2f} GB")
+    lines.append(f"  {'peak (' + memory.moment + ')':<44} {memory.total / GB:>7.2f} GB")
+    name, found, size = _named_or_visible(gpu)
+    everywhere = gpu is None and size is None and setting.cuda
+    if size is not None:
+        fits = memory.total <= size
+        lines.append(f"{'✓ fits' if fits else '✗ does not fit'} {name}: {size / GB:.1f} GB")
+        if not fits:
+            lines += ["What helps most:"]
+            lines += _remedy_lines(remedies(recipe, config, shape, processes=processes, available=size), size)
+    names = [name] if found is not None else list(GPUS) if everywhere else []
+    efficiency = recipe.preview.efficiency
+    for one in names:
+        known = GPUS[one]
+        epoch = epoch_of(setting, flops, rows, known, efficiency=efficiency, price=price)
+        mark = "✓" if memory.total <= known.bytes else "✗"
+        hourly = known.price if price is None else price
+        note = "" if known.bf16 or not recipe.training.bf16 else "; no bfloat16: --bf16 false --fp16 true"
+        lines.append(
+            f"  {mark} {one:<9} {known.bytes / GB:>6.1f} GB; an epoch of {epoch.steps:,} steps: "
+            f"{_time(epoch.seconds)}, ${epoch.dollars:,.2f} at ${hourly:g} an hour{note}"
+        )
+    if names:
+        lines.append(
+            f"Times are for rows as long as the longest, at {efficiency:.0%} of the GPU's peak; see docs/fit.md."
+        )
+    return "\n".join(lines)
+
+
+def _named_or_visible(gpu: str | None) -> tuple[str, GPU | None, int | None]:
+    """Name, entry of the table and bytes of the GPU that is asked about, as far as there are any."""
+    if gpu is not None:
+        name, found = find_gpu(gpu)
+        return name, found, found.bytes
+    if not torch.cuda.is_available():
+        return "", None, None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    try:
+        name, found = find_gpu(properties.name)
+    except ValueError:
+        return properties.name, None, properties.total_memory
+    return name, found, properties.total_memory
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
