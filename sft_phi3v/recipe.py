@@ -1,9 +1,9 @@
 """A recipe is one flat YAML file that fixes one run: the model, the data, the training and where the result goes.
 
 Every key is a field of TRL's `ScriptArguments`, `ModelConfig` or `SFTConfig`, `datasets` (a mixture, as TRL's
-`DatasetMixtureConfig` has it), or one of our own in [`TaskArguments`], [`PrepareArguments`], [`ScoringArguments`] and
-[`PublishArguments`]. The command line overrides the file, so this trains the Burberry recipe with four crops per
-picture:
+`DatasetMixtureConfig` has it), or one of our own in [`TaskArguments`], [`PrepareArguments`], [`PreviewArguments`],
+[`ScoringArguments`] and [`PublishArguments`]. The command line overrides the file, so this trains the Burberry recipe
+with four crops per picture:
 
 ```python
 >>> recipe = load_recipe(["recipes/burberry.yaml", "--num_crops", "4", "--learning_rate", "1e-4"])
@@ -182,6 +182,19 @@ class PrepareArguments:
 
 
 @dataclass
+class PreviewArguments:
+    """The keys of `python -m sft_phi3v.preview`, which shows what a run would train on."""
+
+    sizes: str | None = field(
+        default=None,
+        metadata={
+            "help": "A .csv, .jsonl or .parquet file with the pictures' `width` and `height` in pixels, beside the "
+            "columns of `prompt` and `answer`: `preview` counts from it, and needs neither pictures nor `dataset_name`."
+        },
+    )
+
+
+@dataclass
 class ScoringArguments:
     """The keys of `python -m sft_phi3v.evaluation`, which scores what the recipe trained, or any other model."""
 
@@ -335,7 +348,7 @@ _REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 RESUMABLE = re.compile(
     r"max_steps|num_train_epochs|(save|logging|dataloader|hub)_.*|push_to_hub|report_to|run_name|disable_tqdm|"
     r"eval_strategy|eval_steps|per_device_(train|eval)_batch_size|gradient_accumulation_steps|generation_batch_size|"
-    r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare|model|split|limit|"
+    r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare|sizes|model|split|limit|"
     r"adapter|merge_.*|compare_bases|what|license|language|card_examples|dry_run|replace"
 )
 
@@ -353,6 +366,7 @@ class Recipe:
         training ([`~trl.SFTConfig`]): Training, evaluation, tracking, output.
         task ([`TaskArguments`]): Our own keys.
         prepare ([`PrepareArguments`]): Our own keys about making the data set.
+        preview ([`PreviewArguments`]): Our own keys about what is shown before training.
         scoring ([`ScoringArguments`]): Our own keys about what is scored.
         publish ([`PublishArguments`]): Our own keys about merging and publishing.
         mixture ([`~trl.DatasetMixtureConfig`]): Its `datasets`, where the rows come from several; else it is empty.
@@ -368,6 +382,7 @@ class Recipe:
     training: "SFTConfig" = field(repr=False)  # its repr shows hub_token
     task: TaskArguments
     prepare: PrepareArguments
+    preview: PreviewArguments
     scoring: ScoringArguments
     publish: PublishArguments
     mixture: "DatasetMixtureConfig"
@@ -453,7 +468,7 @@ def public_keys(keys: Mapping[str, Any], paths: Collection[str] = ()) -> dict[st
         return path.name if path.is_absolute() or key == "output_dir" or value in local else value
 
     left_out = {"env", "run_name", "push"}
-    left_out |= {item.name for part in (ScoringArguments, PublishArguments) for item in fields(part)}
+    left_out |= {item.name for part in (PreviewArguments, ScoringArguments, PublishArguments) for item in fields(part)}
     return {key: cleaned(key, value) for key, value in keys.items() if key not in left_out}
 
 
@@ -489,7 +504,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
     from transformers.utils import is_torch_bf16_gpu_available
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-    ours = (TaskArguments, PrepareArguments, ScoringArguments, PublishArguments)
+    ours = (TaskArguments, PrepareArguments, PreviewArguments, ScoringArguments, PublishArguments)
     parts: Any = (ScriptArguments, ModelConfig, SFTConfig, *ours, DatasetMixtureConfig)
     kinds = {name: kind for part in parts for name, kind in get_type_hints(part).items()}
     kinds["lora_target_modules"] = str | list[str] | None  # a pattern too, as TRL documents and its annotation forgets
@@ -524,7 +539,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
     if _wants_bf16(values) and not is_torch_bf16_gpu_available():
         values["use_cpu"] = True  # SFTConfig would raise here, on every machine that only looks at the recipe
     try:
-        script, model, training, task, prepare, scoring, publish, mixture = TrlParser(parts).parse_dict(values)
+        script, model, training, task, prepare, preview, *own, mixture = TrlParser(parts).parse_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # ModelConfig makes text of a list of one name, which PEFT then takes for a pattern that must match the whole path.
@@ -534,8 +549,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
         settings |= {key: getattr(model, key) for key in ("lora_r", "lora_alpha", "lora_dropout")}
     else:
         del settings["adapt"]  # without adapters it says nothing, and is refused
-    own = (task, prepare, scoring, publish)
-    return Recipe(script, model, training, *own, mixture, settings, path, shlex.join(argv))
+    return Recipe(script, model, training, task, prepare, preview, *own, mixture, settings, path, shlex.join(argv))
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -676,6 +690,7 @@ def help_text() -> str:
     for part, opening in (
         (TaskArguments, []),
         (PrepareArguments, ["", "Of `prepare`, which makes the data set:", ""]),
+        (PreviewArguments, ["", "Of `preview`, which shows what a run would train on:", ""]),
         (ScoringArguments, ["", "Of `evaluation`, which scores:", ""]),
         (PublishArguments, ["", "Of `merge` and `hub`, which publish what was trained:", ""]),
     ):
