@@ -539,7 +539,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
     if _wants_bf16(values) and not is_torch_bf16_gpu_available():
         values["use_cpu"] = True  # SFTConfig would raise here, on every machine that only looks at the recipe
     try:
-        script, model, training, task, prepare, preview, *own, mixture = TrlParser(parts).parse_dict(values)
+        script, model, training, task, *others, mixture = TrlParser(parts).parse_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # ModelConfig makes text of a list of one name, which PEFT then takes for a pattern that must match the whole path.
@@ -549,7 +549,9 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
         settings |= {key: getattr(model, key) for key in ("lora_r", "lora_alpha", "lora_dropout")}
     else:
         del settings["adapt"]  # without adapters it says nothing, and is refused
-    return Recipe(script, model, training, task, prepare, preview, *own, mixture, settings, path, shlex.join(argv))
+    prepare, preview, scoring, publish = others
+    own = (task, prepare, preview, scoring, publish)
+    return Recipe(script, model, training, *own, mixture, settings, path, shlex.join(argv))
 
 
 def check_machine(recipe: Recipe) -> None:
