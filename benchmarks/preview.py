@@ -1,9 +1,9 @@
 """How long `preview` takes over many rows, and over what: `python benchmarks/preview.py [--rows 100000]`.
 
 A Parquet data set of `--rows` rows is written into a temporary folder: drawn catalogue pictures of many sizes (JPEG,
-and one PNG in four; they repeat after `--pictures`), a title, a category and a price. Then `preview` runs over it
-twice, in a process of its own. The first time `datasets` makes an Arrow file of it; the second time that lies in its cache.
-Last, `preview` runs over a table of the pictures' sizes alone, and the parts are timed in this process.
+and one PNG in four; they repeat after `--pictures`), a title, a category and a price. `preview` runs over it twice, in
+a process of its own: the first time `datasets` makes an Arrow file of it, and then that lies in its cache. Then it runs
+over a table of the pictures' sizes alone, and last its parts are timed in this process.
 """
 
 import argparse

@@ -141,7 +141,7 @@ def load_sizes(recipe: Recipe) -> tuple[Dataset, Dataset]:
             f"`sizes` is {entry.path!r}, and there is no column {' and no '.join(missing)}, expected width and height "
             f"in pixels beside the columns that `prompt` and `answer` read: {', '.join(rows.column_names)}."
         )
-    sizes = enumerate(zip(rows["width"], rows["height"], strict=True))
+    sizes = enumerate(zip(rows["width"][:], rows["height"][:], strict=True))  # [:]: at once, not row by row
     pictures = [_sizes(*both, f"`sizes` is {entry.path!r}: row {row}") for row, both in sizes]
     column = recipe.task.image_column
     rows = rows.remove_columns([name for name in {column, "images"} if name in rows.column_names])

@@ -4,6 +4,7 @@
 it says what.
 """
 
+import gc
 import math
 import os
 import statistics
@@ -69,14 +70,19 @@ def fitting(
     """
     quiet = bool(recipe.training.disable_tqdm) or not PartialState().is_main_process
     lengths: list[Lengths] = []
+    # The collector of garbage would look through all that torch and its kin have loaded, once every few hundred rows.
+    gc.freeze()
     with tqdm(total=len(rows), desc="count tokens", unit=" rows", disable=quiet) as bar:
         for examples in sized_examples(rows, recipe, pictures):
             lengths += collator.all_lengths(examples)
             bar.update(len(examples))
+    gc.unfreeze()
     kept = [index for index, found in enumerate(lengths) if collator.fits(found)]
     if len(kept) == len(lengths):
         return rows, lengths
-    overlong = [(row, found.tokens) for row, found in zip(rows[ROW], lengths, strict=True) if not collator.fits(found)]
+    overlong = [
+        (row, found.tokens) for row, found in zip(rows[ROW][:], lengths, strict=True) if not collator.fits(found)
+    ]
     named = ", ".join(f"{row} has {tokens}" for row, tokens in overlong[:10])
     more = f" and {len(overlong) - 10} more" if len(overlong) > 10 else ""
     if recipe.task.overlong == "error" or not kept:
@@ -266,13 +272,13 @@ def prepare(recipe: Recipe, *, sizes: bool = False) -> Prepared:
     collator = _collator(recipe)
     pictures, others = check_rows(train, recipe), check_rows(held_out, recipe)
     digests, of_held_out = (
-        {row: one.digests for row, one in zip(rows[ROW], found, strict=True)}
+        {row: one.digests for row, one in zip(rows[ROW][:], found, strict=True)}
         for rows, found in ((train, pictures), (held_out, others))
     )
     train, lengths = fitting(train, recipe, collator, pictures)
     held_out, _ = fitting(held_out, recipe, collator, others)
-    known = frozenset[bytes]().union(*(digests[row] for row in train[ROW]))
-    seen = [row for row in held_out[ROW] if of_held_out[row] & known]
+    known = frozenset[bytes]().union(*(digests[row] for row in train[ROW][:]))
+    seen = [row for row in held_out[ROW][:] if of_held_out[row] & known]
     total = len(train) if stream is None else len(stream)
     print_once(f"\n{data_table(lengths, total, len(held_out))}\n{steps_line(total, recipe)}\n")
     if histogram := token_histogram([found.tokens for found in lengths]):

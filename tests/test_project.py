@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sft_phi3v.recipe import PrepareArguments, PublishArguments, ScoringArguments, TaskArguments, load_recipe
+from sft_phi3v.recipe import (
+    PrepareArguments,
+    PreviewArguments,
+    PublishArguments,
+    ScoringArguments,
+    TaskArguments,
+    load_recipe,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "sft_phi3v"
@@ -117,6 +124,7 @@ def test_documents_link_to_files_that_exist():
     [
         ("README.md", TaskArguments),
         ("docs/prepare.md", PrepareArguments),
+        ("docs/preview.md", PreviewArguments),
         ("docs/scores.md", ScoringArguments),
         ("docs/publish.md", PublishArguments),
     ],

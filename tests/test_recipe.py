@@ -17,6 +17,7 @@ from sft_phi3v.recipe import (
     RENAMED,
     RESUMABLE,
     PrepareArguments,
+    PreviewArguments,
     PublishArguments,
     Recipe,
     ScoringArguments,
@@ -80,6 +81,8 @@ def test_our_own_keys_are_these():
         *("prompt", "answer", "image_column", "num_crops", "held_out", "overlong", "adapt"),
         *("eval_rows", "generation_rows", "max_new_tokens", "generation_batch_size"),
     ]
+    of_preview = [field.name for field in dataclasses.fields(PreviewArguments)]
+    assert of_preview == ["sizes"]
     of_scoring = [field.name for field in dataclasses.fields(ScoringArguments)]
     assert of_scoring == ["model", "split", "limit"]
     of_prepare = [field.name for field in dataclasses.fields(PrepareArguments)]
@@ -93,7 +96,7 @@ def test_our_own_keys_are_these():
         *("adapter", "merge_base", "compare_bases", "merge_rows", "merge_tolerance"),
         *("what", "license", "language", "card_examples", "dry_run", "replace"),
     ]
-    ours += of_prepare + of_scoring + of_publishing
+    ours += of_prepare + of_preview + of_scoring + of_publishing
     assert not TRL_KEYS & set(ours)
     assert all(f"--{key} " in help_text() for key in ours)
 

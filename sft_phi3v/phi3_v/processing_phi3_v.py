@@ -101,6 +101,11 @@ class Phi3VProcessor(ProcessorMixin):
         tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(LITERAL, "<")])
         return tokenizer
 
+    @cached_property
+    def _added(self) -> dict[int, int]:
+        """Ids of the special tokens, and how many characters long they are."""
+        return {token: len(added.content) for token, added in self.tokenizer.added_tokens_decoder.items()}
+
     def __call__(
         self,
         images: Image | list[Image] | list[list[Image]] | None = None,
@@ -205,9 +210,9 @@ class Phi3VProcessor(ProcessorMixin):
 
     def _offsets(self, encoding: Encoding, start: int) -> list[tuple[int, int]]:
         """Offsets in the whole text. Some special tokens swallow the whitespace behind them: theirs end before it."""
-        added = self.tokenizer.added_tokens_decoder
+        added = self._added
         return [
-            (start + first, start + (min(last, first + len(added[token].content)) if token in added else last))
+            (start + first, start + (min(last, first + added[token]) if token in added else last))
             for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True)
         ]
 
