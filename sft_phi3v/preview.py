@@ -83,13 +83,14 @@ def fitting(
     overlong = [
         (row, found.tokens) for row, found in zip(rows[ROW][:], lengths, strict=True) if not collator.fits(found)
     ]
+    overlong.sort(key=lambda one: -one[1])
     named = ", ".join(f"{row} has {tokens}" for row, tokens in overlong[:10])
     more = f" and {len(overlong) - 10} more" if len(overlong) > 10 else ""
     if recipe.task.overlong == "error" or not kept:
         raise ValueError(
             f"max_length: {len(overlong)} of {len(lengths)} rows are longer than {collator.max_length} tokens: row "
-            f"{named}{more}; the longest has {max(found.tokens for found in lengths)}. A row is never cut. Raise "
-            "max_length, lower num_crops, or leave these rows out with `overlong: drop`."
+            f"{named}{more}. A row is never cut. Raise max_length, lower num_crops, or leave these rows out with "
+            "`overlong: drop`."
         )
     print_once(
         f"overlong: left out {len(overlong)} of {len(lengths)} rows with more than {collator.max_length} tokens: row "
@@ -147,10 +148,18 @@ def steps(rows: int, recipe: Recipe) -> tuple[int, int]:
 
     Returns:
         `tuple[int, int]`: Steps of one epoch, and of the whole run.
+
+    Raises:
+        ValueError: If `dataloader_drop_last` leaves no batch.
     """
     training = recipe.training
     per_batch = training.per_device_train_batch_size * PartialState().num_processes
     batches = rows // per_batch if training.dataloader_drop_last else math.ceil(rows / per_batch)
+    if not batches:
+        raise ValueError(
+            f"`dataloader_drop_last: true` leaves nothing to train on: {rows} rows make no batch of {per_batch}. "
+            "Remove it."
+        )
     epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
     return epoch, training.max_steps if training.max_steps >= 0 else math.ceil(training.num_train_epochs * epoch)
 
