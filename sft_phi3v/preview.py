@@ -1,7 +1,7 @@
-"""What will be trained on, shown before a GPU second is spent: token counts, over-long rows, and one example in colour.
+"""What will be trained on, shown before a GPU second is spent: tokens, over-long rows, steps, an example in colour.
 
 `python -m sft_phi3v.preview RECIPE` needs no GPU and loads no weights. Where something would have to be fetched first,
-it says what.
+it says what; with `--sizes TABLE` it counts from the sizes of pictures that are not here.
 """
 
 import gc
@@ -167,12 +167,13 @@ def steps(rows: int, recipe: Recipe) -> tuple[int, int]:
 def steps_line(rows: int, recipe: Recipe) -> str:
     """The steps of a run, and what they are made of."""
     training, processes = recipe.training, PartialState().num_processes
-    factors = (training.per_device_train_batch_size, training.gradient_accumulation_steps, processes)
+    batch, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
     epoch, total = steps(rows, recipe)
+    epochs = f"{training.num_train_epochs:g} epoch{'s' if training.num_train_epochs != 1 else ''}"
     return (
-        f"{'steps:':<20} {epoch:>6,} per epoch of {rows:,} rows, {math.prod(factors):,} rows per step ({factors[0]} × "
-        f"{factors[1]} accumulated × {processes} process{'es' if processes > 1 else ''}); {total:,} in all"
-        + (" (max_steps)" if training.max_steps >= 0 else f" ({training.num_train_epochs:g} epochs)")
+        f"{'steps:':<20} {epoch:>6,} per epoch of {rows:,} rows, {batch * accumulated * processes:,} rows per step "
+        f"({batch} × {accumulated} accumulated × {processes} process{'es' if processes > 1 else ''}); "
+        f"{total:,} in all ({'max_steps' if training.max_steps >= 0 else epochs})"
     )
 
 
