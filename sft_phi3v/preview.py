@@ -72,11 +72,13 @@ def fitting(
     lengths: list[Lengths] = []
     # The collector of garbage would look through all that torch and its kin have loaded, once every few hundred rows.
     gc.freeze()
-    with tqdm(total=len(rows), desc="count tokens", unit=" rows", disable=quiet) as bar:
-        for examples in sized_examples(rows, recipe, pictures):
-            lengths += collator.all_lengths(examples)
-            bar.update(len(examples))
-    gc.unfreeze()
+    try:
+        with tqdm(total=len(rows), desc="count tokens", unit=" rows", disable=quiet) as bar:
+            for examples in sized_examples(rows, recipe, pictures):
+                lengths += collator.all_lengths(examples)
+                bar.update(len(examples))
+    finally:
+        gc.unfreeze()
     kept = [index for index, found in enumerate(lengths) if collator.fits(found)]
     if len(kept) == len(lengths):
         return rows, lengths
