@@ -22,7 +22,7 @@ from sft_phi3v.phi3_v import Phi3VProcessor
 IGNORED = -100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Lengths:
     """Tokens of one example: all of them, those of pictures, and the supervised ones; and its pictures' sizes."""
 
@@ -76,15 +76,35 @@ class Collator:
 
         Returns:
             [`Lengths`]: Numbers of tokens.
+
+        Raises:
+            ValueError: If it cannot be turned into a batch.
         """
+        return self.all_lengths([example])[0]
+
+    def all_lengths(self, examples: list[dict[str, Any]]) -> list[Lengths]:
+        """As [`Collator.lengths`], for many examples: many at once take a third less time each."""
+        try:
+            batch = self._tokenize(examples, return_pixel_values=False, expand_image_tokens=False)
+        except ValueError:
+            if len(examples) == 1:
+                raise
+            return [self.lengths(example) for example in examples]  # now the error names the row
+        found = []
+        for example, ids, mask in zip(examples, batch["input_ids"], batch["assistant_masks"], strict=True):
+            sizes = tuple(image.size for image in example.get("images") or [])
+            try:
+                image_tokens = sum(self.processor.image_processor.num_image_tokens(*size) for size in sizes)
+            except ValueError as error:
+                raise ValueError(f"Row {example.get('row')}: {error}") from None
+            tokens = len(ids) - len(sizes) + image_tokens  # in these ids each picture is one token
+            found.append(Lengths(tokens, image_tokens, supervised=sum(mask), sizes=sizes))
+        return found
+
+    def supervised(self, example: dict[str, Any]) -> tuple[list[int], list[bool]]:
+        """The ids of one example, and which of them are supervised. Of its pictures only the sizes are asked for."""
         row = self._tokenize([example], return_pixel_values=False)
-        ids = row["input_ids"][0]
-        return Lengths(
-            tokens=len(ids),
-            image_tokens=ids.count(self.processor.image_token_id),
-            supervised=sum(row["assistant_masks"][0]),
-            sizes=tuple(image.size for image in example.get("images") or []),
-        )
+        return row["input_ids"][0], [bool(one) for one in row["assistant_masks"][0]]
 
     def fits(self, lengths: Lengths) -> bool:
         """Whether a row of these lengths may be trained on."""

@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import pyarrow as pa
@@ -111,6 +112,63 @@ def load_splits(recipe: Recipe) -> tuple[Dataset, Dataset]:
     return drawn["train"], drawn["test"]
 
 
+def load_sizes(recipe: Recipe) -> tuple[Dataset, Dataset]:
+    """
+    As [`load_splits`], from a table that holds the sizes of pictures in their place.
+
+    Args:
+        recipe ([`~sft_phi3v.recipe.Recipe`]):
+            Its `dataset_name` is the table, a .csv, .jsonl or .parquet file. The columns `width` and `height` are in
+            pixels, lists where a row has several pictures (in a CSV as in JSON: `[600, 800]`); the others are those
+            that `prompt` and `answer` read.
+
+    Returns:
+        `tuple[Dataset, Dataset]`: Train rows and held-out rows, which are the same as those of the pictures' data set
+            where that has as many rows in the same order and no test split.
+
+    Raises:
+        ValueError: No such file, column or rows; a size that is not a whole number of pixels, with its row.
+    """
+    (entry,) = data_sets(recipe)
+    if not Path(entry.path).expanduser().is_file():
+        raise ValueError(f"`sizes` is {entry.path!r}: no such file (paths count from {Path.cwd()}).")
+    splits, _ = _read_entry(entry, recipe, "sizes")
+    rows = splits[entry.split]
+    if not len(rows):
+        raise ValueError(f"`sizes` is {entry.path!r}: it has no rows.")
+    if missing := [name for name in ("width", "height") if name not in rows.column_names]:
+        raise ValueError(
+            f"`sizes` is {entry.path!r}, and there is no column {' and no '.join(missing)}, expected width and height "
+            f"in pixels beside the columns that `prompt` and `answer` read: {', '.join(rows.column_names)}."
+        )
+    sizes = enumerate(zip(rows["width"][:], rows["height"][:], strict=True))  # [:]: at once, not row by row
+    pictures = [_sizes(*both, f"`sizes` is {entry.path!r}: row {row}") for row, both in sizes]
+    column = recipe.task.image_column
+    rows = rows.remove_columns([name for name in {column, "images"} if name in rows.column_names])
+    rows = as_rows(rows, entry, recipe, None)
+    rows = rows.add_column(column, pictures, feature=List({"width": Value("int64"), "height": Value("int64")}))
+    count = held_out_count(len(rows), recipe)
+    drawn = rows.train_test_split(test_size=count, seed=recipe.training.seed)
+    return drawn["train"], drawn["test"]
+
+
+def _sizes(width: Any, height: Any, where: str) -> list[dict[str, int]]:
+    """The pictures of a row, as [`open_picture`] takes them."""
+    lists = []
+    for name, value in (("width", width), ("height", height)):
+        try:
+            found = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            found = value
+        found = found if isinstance(found, list) else [found]
+        if not all(isinstance(one, int | float) and one == int(one) and one > 0 for one in found):
+            raise ValueError(f"{where}: {name} is {value!r}, expected whole numbers of pixels above 0.")
+        lists.append([int(one) for one in found])
+    if len(lists[0]) != len(lists[1]):
+        raise ValueError(f"{where} has {len(lists[0])} in width and {len(lists[1])} in height, expected as many.")
+    return [{"width": one, "height": other} for one, other in zip(*lists, strict=True)]
+
+
 def check_prepared(recipe: Recipe) -> None:
     """
     Refuse a recipe whose `source` was not prepared yet, or was downscaled for fewer crops than the recipe has.
@@ -159,7 +217,44 @@ def to_examples(dataset: Dataset, recipe: Recipe) -> Dataset:
     return reader.undecoded(dataset).with_transform(reader)
 
 
-def check_rows(dataset: Dataset, recipe: Recipe) -> list[frozenset[bytes]]:
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """
+    What [`check_rows`] knows of a row's pictures.
+
+    Args:
+        digests (`frozenset[bytes]`): Of their files, by which equal ones are found; none where there are only sizes.
+        sizes (`tuple[tuple[int, int], ...]`): Width and height of each, upright, in pixels.
+    """
+
+    digests: frozenset[bytes]
+    sizes: tuple[tuple[int, int], ...]
+
+
+def sized_examples(dataset: Dataset, recipe: Recipe, pictures: Sequence[Pictures]) -> Iterator[list[dict[str, Any]]]:
+    """
+    View rows as examples whose pictures have a size and no pixels. No picture file is read again.
+
+    Args:
+        dataset (`Dataset`): Rows from [`load_splits`] or [`load_sizes`].
+        recipe ([`~sft_phi3v.recipe.Recipe`]): Its `prompt`, `answer` and `image_column` are read.
+        pictures (sequence of [`Pictures`]): Of each row, from [`check_rows`].
+
+    Returns:
+        `Iterator[list[dict]]`: As [`to_examples`], some at a time.
+    """
+    reader, position = Reader.of(dataset, recipe), iter(pictures)
+    columns = [name for name in reader.columns if name != reader.column]
+    for batch in dataset.select_columns([*columns, ROW]).with_format(None).iter(batch_size=64):
+        examples = []
+        for row, found in zip(_rows(batch), position, strict=False):
+            if reader.column:
+                row[reader.column] = [{"width": width, "height": height} for width, height in found.sizes]
+            examples.append(reader.example(row))
+        yield examples
+
+
+def check_rows(dataset: Dataset, recipe: Recipe) -> list[Pictures]:
     """
     Check every row before paying for a GPU: fields filled in, turns in order, picture files there and readable.
 
@@ -171,7 +266,7 @@ def check_rows(dataset: Dataset, recipe: Recipe) -> list[frozenset[bytes]]:
         recipe ([`~sft_phi3v.recipe.Recipe`]): Its `prompt`, `answer` and `image_column` are read.
 
     Returns:
-        `list[frozenset[bytes]]`: Of each row the digests of its pictures' files, by which equal ones are found.
+        `list[Pictures]`: Of each row the digests and sizes of its pictures.
 
     Raises:
         ValueError: Names the first rows that cannot be used, each with its reason, and how many there are.
@@ -181,7 +276,7 @@ def check_rows(dataset: Dataset, recipe: Recipe) -> list[frozenset[bytes]]:
     if ROW not in dataset.column_names:
         dataset = dataset.add_column(ROW, list(range(len(dataset))))
     reader = Reader.of(dataset, recipe)
-    digests: list[frozenset[bytes]] = []
+    found: list[Pictures] = []
     problems: list[str] = []
     unread: list[int | str] = []
     marked: list[int | str] = []
@@ -191,7 +286,9 @@ def check_rows(dataset: Dataset, recipe: Recipe) -> list[frozenset[bytes]]:
                 parts = [part for turn in reader.messages(row) for part in turn["content"]]
                 if any(MARKUP.search(part.get("text", "")) for part in parts):
                     marked.append(row[ROW])
-                digests.append(frozenset([_check_picture(picture) for picture in reader.pictures(row)]))
+                checked = [_check_picture(picture) for picture in reader.pictures(row)]
+                digests = frozenset(digest for digest, _ in checked if digest)
+                found.append(Pictures(digests, tuple(size for _, size in checked)))
                 if reader.answer and not reader.answer.reads_back(row):
                     unread.append(row[ROW])
             except ValueError as error:
@@ -211,7 +308,7 @@ def check_rows(dataset: Dataset, recipe: Recipe) -> list[frozenset[bytes]]:
             "%d of %d rows hold markup such as <|end|> or <|image_1|> (first: row %s): it is learned as plain text",
             *(len(marked), len(dataset), marked[0]),
         )
-    return digests
+    return found
 
 
 class Template:
@@ -389,7 +486,8 @@ class Reader:
         dataset = dataset.select_columns([*self.columns, ROW]).with_format(None)
         if self.column:
             feature, bare = dataset.features[self.column], Image(decode=False)
-            dataset.info.features[self.column] = List(bare) if isinstance(feature, List | LargeList) else bare
+            if isinstance(getattr(feature, "feature", feature), Image):  # and not sizes
+                dataset.info.features[self.column] = List(bare) if isinstance(feature, List | LargeList) else bare
         return dataset
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -480,8 +578,18 @@ def _file(picture: dict[str, Any]) -> io.BufferedReader | io.BytesIO:
     return Path(picture["path"]).open("rb") if picture["bytes"] is None else io.BytesIO(picture["bytes"])
 
 
+class Sized(PIL.Image.Image):
+    """A picture of which only the size is known: it counts as many tokens as the picture itself, and has no pixels."""
+
+    def __init__(self, width: int, height: int) -> None:
+        super().__init__()
+        self._mode, self._size = "RGB", (width, height)
+
+
 def open_picture(picture: dict[str, Any]) -> PIL.Image.Image:
     """The picture, upright. Its size is known now; its pixels are decoded when they are first asked for."""
+    if "width" in picture:
+        return Sized(picture["width"], picture["height"])
     try:
         with _file(picture) as file:
             image = PIL.Image.open(io.BytesIO(file.read()))
@@ -491,15 +599,20 @@ def open_picture(picture: dict[str, Any]) -> PIL.Image.Image:
         raise ValueError(f"the picture{_named(picture)} cannot be read: {error}") from error
 
 
-def _check_picture(picture: dict[str, Any]) -> bytes:
+def _check_picture(picture: dict[str, Any]) -> tuple[bytes, tuple[int, int]]:
     """
-    The digest of a picture's file; a `ValueError` if it is not whole. Decoded only where nothing less can tell.
+    The digest of a picture's file, and the size of the picture, upright; a `ValueError` if the file is not whole.
+    Decoded only where nothing less can tell.
     """
+    if "width" in picture:
+        return b"", (picture["width"], picture["height"])
     try:
         with _file(picture) as file:
             digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
             file.seek(0)
             image = PIL.Image.open(file)
+            lying = "exif" in image.info and image.getexif().get(PIL.ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            size = (image.height, image.width) if lying else image.size
             image.verify()  # checks every part of a PNG, and of the other formats next to nothing
             whole = image.format == "PNG"
             if image.format == "JPEG":  # its end mark cannot occur in pixels
@@ -508,7 +621,7 @@ def _check_picture(picture: dict[str, Any]) -> bytes:
             if not whole:
                 file.seek(0)
                 PIL.Image.open(file).load()
-            return digest
+            return digest, size
     except FileNotFoundError:
         raise ValueError(f"the picture {picture['path']} does not exist") from None
     except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:

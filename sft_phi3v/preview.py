@@ -1,14 +1,16 @@
-"""What will be trained on, shown before a GPU second is spent: token counts, one example in colour, memory and cost.
+"""What will be trained on, shown before a GPU second is spent: tokens, over-long rows, steps, an example; does it fit.
 
 `python -m sft_phi3v.preview RECIPE` needs no GPU and loads no weights. Where something would have to be fetched first,
-it says what.
+it says what; with `--sizes TABLE` it counts from the sizes of pictures that are not here.
 """
 
+import gc
+import math
 import os
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from sft_phi3v.checkpoints import check_output_dir
-from sft_phi3v.collator import IGNORED, Collator, Lengths
-from sft_phi3v.data import ROW, check_rows, load_splits, to_examples
+from sft_phi3v.collator import Collator, Lengths
+from sft_phi3v.data import ROW, Pictures, check_rows, load_sizes, load_splits, sized_examples, to_examples
 from sft_phi3v.estimate import Shape, fit_report
 from sft_phi3v.machine import check_machine
 from sft_phi3v.model import load_config, load_processor
@@ -53,14 +55,17 @@ class Prepared:
     lengths: list[Lengths]
 
 
-def fitting(rows: Dataset, recipe: Recipe, collator: Collator) -> tuple[Dataset, list[Lengths]]:
+def fitting(
+    rows: Dataset, recipe: Recipe, collator: Collator, pictures: Sequence[Pictures]
+) -> tuple[Dataset, list[Lengths]]:
     """
-    Counts the tokens of all rows, without decoding a picture, and keeps those that fit.
+    Counts the tokens of all rows, without opening a picture, and keeps those that fit.
 
     Args:
         rows (`Dataset`): Rows as they are in the source.
         recipe ([`Recipe`]): Its `overlong` refuses longer rows (`"error"`) or leaves them out (`"drop"`).
         collator ([`Collator`]): Knows `max_length`.
+        pictures (sequence of [`~sft_phi3v.data.Pictures`]): Of each row, from [`~sft_phi3v.data.check_rows`].
 
     Returns:
         `tuple[Dataset, list[Lengths]]`: The rows that fit, and their lengths.
@@ -69,19 +74,35 @@ def fitting(rows: Dataset, recipe: Recipe, collator: Collator) -> tuple[Dataset,
         ValueError: If a row is too long and `overlong` is `"error"`, or if no row fits.
     """
     quiet = bool(recipe.training.disable_tqdm) or not PartialState().is_main_process
-    examples = to_examples(rows, recipe)
-    lengths = [collator.lengths(example) for example in tqdm(examples, desc="count tokens", disable=quiet)]
+    lengths: list[Lengths] = []
+    # The collector of garbage would look through all that torch and its kin have loaded, once every few hundred rows.
+    gc.freeze()
+    try:
+        with tqdm(total=len(rows), desc="count tokens", unit=" rows", disable=quiet) as bar:
+            for examples in sized_examples(rows, recipe, pictures):
+                lengths += collator.all_lengths(examples)
+                bar.update(len(examples))
+    finally:
+        gc.unfreeze()
     kept = [index for index, found in enumerate(lengths) if collator.fits(found)]
-    dropped = len(lengths) - len(kept)
-    if dropped and (recipe.task.overlong == "error" or not kept):
-        first = next(index for index, found in enumerate(lengths) if not collator.fits(found))
+    if len(kept) == len(lengths):
+        return rows, lengths
+    overlong = [
+        (row, found.tokens) for row, found in zip(rows[ROW][:], lengths, strict=True) if not collator.fits(found)
+    ]
+    overlong.sort(key=lambda one: -one[1])
+    named = ", ".join(f"{row} has {tokens}" for row, tokens in overlong[:10])
+    more = f" and {len(overlong) - 10} more" if len(overlong) > 10 else ""
+    if recipe.task.overlong == "error" or not kept:
         raise ValueError(
-            f"max_length: {dropped} of {len(lengths)} rows are longer than {collator.max_length} tokens; row "
-            f"{examples[first]['row']} has {lengths[first].tokens}, the longest {max(x.tokens for x in lengths)}. A "
-            "row is never cut. Raise max_length, lower num_crops, or leave these rows out with `overlong: drop`."
+            f"max_length: {len(overlong)} of {len(lengths)} rows are longer than {collator.max_length} tokens: row "
+            f"{named}{more}. A row is never cut. Raise max_length, lower num_crops, or leave these rows out with "
+            "`overlong: drop`."
         )
-    if dropped:
-        print_once(f"overlong: left out {dropped} of {len(lengths)} rows with more than {collator.max_length} tokens.")
+    print_once(
+        f"overlong: left out {len(overlong)} of {len(lengths)} rows with more than {collator.max_length} tokens: row "
+        f"{named}{more}."
+    )
     return rows.select(kept), [lengths[index] for index in kept]
 
 
@@ -89,12 +110,78 @@ def data_table(train: Sequence[Lengths], train_rows: int, held_out_rows: int) ->
     """Rows, and the smallest, middle and largest numbers of tokens per training row."""
     lines = [f"rows: {train_rows:,} to train on, {held_out_rows:,} held out"]
     for label, key in (("tokens", "tokens"), ("of pictures", "image_tokens"), ("supervised", "supervised")):
-        counts = [getattr(found, key) for found in train]
+        counts = sorted(getattr(found, key) for found in train)
+        most = (
+            f"   (99 % of the rows: at most {counts[math.ceil(0.99 * len(counts)) - 1]:,})" if key == "tokens" else ""
+        )
         middle = statistics.median_low(counts)
-        lines.append(f"{label + ' per row:':<20} {min(counts):>6,} – {middle:,} – {max(counts):,}")
+        lines.append(f"{label + ' per row:':<20} {counts[0]:>6,} – {middle:,} – {counts[-1]:,}{most}")
     share = sum(found.supervised for found in train) / sum(found.tokens for found in train)
     lines.append(f"{'supervised share:':<20} {share:>6.1%}")
     return "\n".join(lines)
+
+
+def token_histogram(tokens: Sequence[int]) -> str:
+    """
+    How many rows have how many tokens, for the terminal.
+
+    Args:
+        tokens (sequence of `int`): Of each row.
+
+    Returns:
+        `str`: At most a dozen lines, `1,500 – 1,999 ████ 380  12.7%`; none where all rows are within a tenth.
+    """
+    least, most = min(tokens), max(tokens)
+    if most - least <= most / 10:
+        return ""
+    wide = [mantissa * 10**power for power in range(7) for mantissa in (1, 2, 5)]
+    width = next(one for one in wide if most // one - least // one < 12)
+    first = least // width
+    counts = np.bincount(np.asarray(tokens) // width - first)
+    return "\n".join(
+        f"{(first + bin) * width:>6,} – {(first + bin + 1) * width - 1:>6,}  "
+        f"{'█' * math.ceil(32 * count / counts.max()):<32} {count:>9,} {count / len(tokens):>6.1%}"
+        for bin, count in enumerate(counts.tolist())
+    )
+
+
+def steps(rows: int, recipe: Recipe) -> tuple[int, int]:
+    """
+    How many optimiser steps a run takes, as [`~transformers.Trainer`] counts them.
+
+    Args:
+        rows (`int`): Rows to train on.
+        recipe ([`Recipe`]): Its batch size, accumulation, epochs and `max_steps` are read.
+
+    Returns:
+        `tuple[int, int]`: Steps of one epoch, and of the whole run.
+
+    Raises:
+        ValueError: If `dataloader_drop_last` leaves no batch.
+    """
+    training = recipe.training
+    per_batch = training.per_device_train_batch_size * PartialState().num_processes
+    batches = rows // per_batch if training.dataloader_drop_last else math.ceil(rows / per_batch)
+    if not batches:
+        raise ValueError(
+            f"`dataloader_drop_last: true` leaves nothing to train on: {rows} rows make no batch of {per_batch}. "
+            "Remove it."
+        )
+    epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
+    return epoch, training.max_steps if training.max_steps >= 0 else math.ceil(training.num_train_epochs * epoch)
+
+
+def steps_line(rows: int, recipe: Recipe) -> str:
+    """The steps of a run, and what they are made of."""
+    training, processes = recipe.training, PartialState().num_processes
+    batch, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    epoch, total = steps(rows, recipe)
+    epochs = f"{training.num_train_epochs:g} epoch{'s' if training.num_train_epochs != 1 else ''}"
+    return (
+        f"{'steps:':<20} {epoch:>6,} per epoch of {rows:,} rows, {batch * accumulated * processes:,} rows per step "
+        f"({batch} × {accumulated} accumulated × {processes} process{'es' if processes > 1 else ''}); "
+        f"{total:,} in all ({'max_steps' if training.max_steps >= 0 else epochs})"
+    )
 
 
 def runs_of(example: dict[str, Any], collator: Collator) -> list[dict[str, Any]]:
@@ -103,16 +190,15 @@ def runs_of(example: dict[str, Any], collator: Collator) -> list[dict[str, Any]]
 
     Args:
         example (`dict`): An example.
-        collator ([`Collator`]): Makes its labels.
+        collator ([`Collator`]): Says what is supervised.
 
     Returns:
         `list[dict]`: `{"text", "tokens", "supervised", "picture"}` each; the text of a picture is one image token.
     """
-    batch = collator([example])
     tokenizer, image_token = collator.processor.tokenizer, collator.processor.image_token_id
     runs: list[tuple[bool, bool, list[int]]] = []
-    for token, label in zip(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), strict=True):
-        kind = (label != IGNORED, token == image_token)
+    for token, supervised in zip(*collator.supervised(example), strict=True):
+        kind = (supervised, token == image_token)
         if not runs or runs[-1][:2] != kind:
             runs.append((*kind, []))
         runs[-1][2].append(token)
@@ -174,13 +260,15 @@ def print_once(text: str) -> None:
         print(text, flush=True)
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, *, sizes: bool = False) -> Prepared:
     """
     Reads and checks everything that costs no GPU time, and shows it. Of a stream it reads the first rows; the others
     are checked when they come.
 
     Args:
         recipe ([`Recipe`]): The recipe.
+        sizes (`bool`, *optional*, defaults to `False`):
+            Whether its `sizes` are read in place of its data set, where it names a file of them.
 
     Returns:
         [`Prepared`]: The collator; the rows to train on; the held-out rows; what is to be known of them.
@@ -189,21 +277,29 @@ def prepare(recipe: Recipe) -> Prepared:
         ValueError: If any row cannot be used, with the row, the reason and the remedy.
     """
     stream = None
-    if recipe.script.dataset_streaming:
+    if sizes and recipe.preview.sizes is not None:
+        recipe = _of_sizes(recipe)
+        train, held_out = load_sizes(recipe)
+    elif recipe.script.dataset_streaming:
         stream, held_out = load_stream(recipe)
         train = stream.sample()
         print_once(f"streaming: looked at here are the first {len(train):,} of {len(stream):,} rows to train on.")
     else:
         train, held_out = load_splits(recipe)
     collator = _collator(recipe)
-    digests = dict(zip(train[ROW], check_rows(train, recipe), strict=True))
-    others = dict(zip(held_out[ROW], check_rows(held_out, recipe), strict=True))
-    train, lengths = fitting(train, recipe, collator)
-    held_out, _ = fitting(held_out, recipe, collator)
-    known = frozenset[bytes]().union(*(digests[row] for row in train[ROW]))
-    seen = [row for row in held_out[ROW] if others[row] & known]
+    pictures, others = check_rows(train, recipe), check_rows(held_out, recipe)
+    digests, of_held_out = (
+        {row: one.digests for row, one in zip(rows[ROW][:], found, strict=True)}
+        for rows, found in ((train, pictures), (held_out, others))
+    )
+    train, lengths = fitting(train, recipe, collator, pictures)
+    held_out, _ = fitting(held_out, recipe, collator, others)
+    known = frozenset[bytes]().union(*(digests[row] for row in train[ROW][:]))
+    seen = [row for row in held_out[ROW][:] if of_held_out[row] & known]
     total = len(train) if stream is None else len(stream)
-    print_once(f"\n{data_table(lengths, total, len(held_out))}\n")
+    print_once(f"\n{data_table(lengths, total, len(held_out))}\n{steps_line(total, recipe)}\n")
+    if histogram := token_histogram([found.tokens for found in lengths]):
+        print_once(f"tokens per row, and how many rows have so many:\n{histogram}\n")
     if stream is None and seen:
         print_once(
             f"leakage: {len(seen)} held-out rows show a picture that is trained on as well, byte for byte (first: row "
@@ -227,9 +323,14 @@ def prepare_held_out(recipe: Recipe) -> tuple[Collator, Dataset]:
     """As [`prepare`], for who only scores: the rows to train on are not looked at, and nothing is shown."""
     _, held_out = (load_stream if recipe.script.dataset_streaming else load_splits)(recipe)
     collator = _collator(recipe)
-    check_rows(held_out, recipe)
-    held_out, _ = fitting(held_out, recipe, collator)
+    held_out, _ = fitting(held_out, recipe, collator, check_rows(held_out, recipe))
     return collator, held_out
+
+
+def _of_sizes(recipe: Recipe) -> Recipe:
+    """The recipe with its `sizes` for data set."""
+    script = replace(recipe.script, dataset_name=recipe.preview.sizes, dataset_config=None)
+    return replace(recipe, script=script, mixture=type(recipe.mixture)())
 
 
 def _collator(recipe: Recipe) -> Collator:
@@ -248,11 +349,12 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from None
     print(f"{recipe.path}: the recipe is right. What it needs:")
     missing = []
+    rows = "dataset_name" if recipe.preview.sizes is None else "sizes"
     for need, check in (
         ("machine", lambda: check_machine(recipe)),
         ("output_dir", lambda: check_output_dir(recipe)),
         ("model_name_or_path", lambda: load_processor(recipe) and None),
-        ("dataset_name", lambda: (load_stream if recipe.script.dataset_streaming else load_splits)(recipe) and None),
+        (rows, lambda: _load(recipe)),
     ):
         try:
             check()
@@ -260,28 +362,41 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError as error:
             missing.append(need)
             print(f"  ✗ {error}")
-    if not {"model_name_or_path", "dataset_name"} & set(missing):  # a machine without a GPU can look at the data
+    if not {"model_name_or_path", rows} & set(missing):  # a machine without a GPU can look at the data
         try:
-            prepared = prepare(recipe)
-            print(fit(recipe, prepared))
+            print(fit(recipe, prepare(recipe, sizes=True)))
         except ValueError as error:
             raise SystemExit(f"error: {error}") from None
     if missing:
         raise SystemExit(1)
 
 
+def largest_batch(recipe: Recipe, prepared: Prepared) -> Shape:
+    """The largest batch that the rows can make."""
+    return Shape.of(prepared.lengths, recipe, prepared.collator.processor.image_processor.num_crops)
+
+
 def fit(recipe: Recipe, prepared: Prepared) -> str:
     """What a step takes on a GPU and an epoch costs ([`fit_report`]), for the largest batch of these rows."""
-    shape = Shape.of(prepared.lengths, recipe, prepared.collator.processor.image_processor.num_crops)
     return fit_report(
         recipe,
         load_config(recipe),
-        shape,
+        largest_batch(recipe, prepared),
         prepared.overview["rows"]["train"],
         gpu=recipe.preview.gpu,
         price=recipe.preview.gpu_price,
         processes=PartialState().num_processes,
     )
+
+
+def _load(recipe: Recipe) -> None:
+    """Raises a `ValueError` if the rows cannot be loaded."""
+    if recipe.preview.sizes is not None:
+        load_sizes(_of_sizes(recipe))
+    elif recipe.script.dataset_streaming:
+        load_stream(recipe)
+    else:
+        load_splits(recipe)
 
 
 def _name(recipe: Recipe, need: str) -> str:
@@ -290,6 +405,7 @@ def _name(recipe: Recipe, need: str) -> str:
         "output_dir": str(Path(str(recipe.training.output_dir))),
         "model_name_or_path": str(recipe.model.model_name_or_path),
         "dataset_name": recipe.data,
+        "sizes": str(recipe.preview.sizes),
     }
     return names[need]
 

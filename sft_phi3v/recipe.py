@@ -191,6 +191,13 @@ class PrepareArguments:
 class PreviewArguments:
     """The keys of `python -m sft_phi3v.preview`, which shows what a recipe would train on, need and cost."""
 
+    sizes: str | None = field(
+        default=None,
+        metadata={
+            "help": "A .csv, .jsonl or .parquet file with the pictures' `width` and `height` in pixels, beside the "
+            "columns of `prompt` and `answer`: `preview` counts from it, and needs neither pictures nor `dataset_name`."
+        },
+    )
     gpu: str | None = field(
         default=None,
         metadata={
@@ -371,7 +378,8 @@ _REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 RESUMABLE = re.compile(
     r"nonfinite|max_steps|num_train_epochs|(save|logging|dataloader|hub)_.*|push_to_hub|report_to|run_name|disable_tqdm|"
     r"eval_strategy|eval_steps|per_device_(train|eval)_batch_size|gradient_accumulation_steps|generation_batch_size|"
-    r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare|gpu|gpu_price|efficiency|model|split|limit|"
+    r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare|sizes|gpu|gpu_price|efficiency|"
+    r"model|split|limit|"
     r"adapter|merge_.*|compare_bases|what|license|language|card_examples|dry_run|replace"
 )
 
@@ -389,7 +397,7 @@ class Recipe:
         training ([`~trl.SFTConfig`]): Training, evaluation, tracking, output.
         task ([`TaskArguments`]): Our own keys.
         prepare ([`PrepareArguments`]): Our own keys about making the data set.
-        preview ([`PreviewArguments`]): Our own keys about what it would need and cost.
+        preview ([`PreviewArguments`]): Our own keys about what is shown before training.
         scoring ([`ScoringArguments`]): Our own keys about what is scored.
         publish ([`PublishArguments`]): Our own keys about merging and publishing.
         mixture ([`~trl.DatasetMixtureConfig`]): Its `datasets`, where the rows come from several; else it is empty.
@@ -565,7 +573,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
     if wants_bf16(values) and not is_torch_bf16_gpu_available():
         values["use_cpu"] = True  # SFTConfig would raise here, on every machine that only looks at the recipe
     try:
-        script, model, training, task, prepare, preview, scoring, publish, mixture = TrlParser(parts).parse_dict(values)
+        script, model, training, task, *others, mixture = TrlParser(parts).parse_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # ModelConfig makes text of a list of one name, which PEFT then takes for a pattern that must match the whole path.
@@ -575,6 +583,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
         settings |= {key: getattr(model, key) for key in ("lora_r", "lora_alpha", "lora_dropout")}
     else:
         del settings["adapt"]  # without adapters it says nothing, and is refused
+    prepare, preview, scoring, publish = others
     own = (task, prepare, preview, scoring, publish)
     return Recipe(script, model, training, *own, mixture, settings, path, shlex.join(argv))
 
@@ -615,7 +624,7 @@ def help_text() -> str:
     for part, opening in (
         (TaskArguments, []),
         (PrepareArguments, ["", "Of `prepare`, which makes the data set:", ""]),
-        (PreviewArguments, ["", "Of `preview`, which shows what it would need and cost:", ""]),
+        (PreviewArguments, ["", "Of `preview`, which shows what a run would train on, need and cost:", ""]),
         (ScoringArguments, ["", "Of `evaluation`, which scores:", ""]),
         (PublishArguments, ["", "Of `merge` and `hub`, which publish what was trained:", ""]),
     ):

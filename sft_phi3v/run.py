@@ -27,7 +27,7 @@ from sft_phi3v.machine import check_machine
 from sft_phi3v.model import base_commit, freeze_unused, landing_table, load_model, lora_config, on_device
 from sft_phi3v.phi3_v import Phi3VConfig
 from sft_phi3v.prepare import prepare as prepare_data
-from sft_phi3v.preview import prepare, print_once
+from sft_phi3v.preview import largest_batch, prepare, print_once
 from sft_phi3v.recipe import Recipe, load_recipe, local_paths
 from sft_phi3v.streaming import Passing, Resume, Stream
 from sft_phi3v.tracking import Tracking
@@ -72,7 +72,7 @@ def set_up(recipe: Recipe) -> tuple[Trainer, Evaluation, Path | None]:
         peft_config=lora_config(recipe, model),
         callbacks=[Resume()],
     )
-    trainer.watch(recipe, evaluation, tracking)
+    trainer.watch(recipe, evaluation, tracking, largest_batch(recipe, prepared))
     if recipe.training.save_strategy != "no":
         check_room(evaluation.folder, trainer.checkpoint_size(), "a checkpoint")
     if recipe.training.push_to_hub and trainer.is_world_process_zero():

@@ -30,6 +30,7 @@ from trl import SFTTrainer
 from sft_phi3v.card import render_card
 from sft_phi3v.checkpoints import ASIDE, check_room, checkpoints, finish, write_whole
 from sft_phi3v.collator import IGNORED
+from sft_phi3v.estimate import Shape, oom_message
 from sft_phi3v.evaluation import Evaluation, public_recipe
 from sft_phi3v.hub import check_for_leaks, trained_files
 from sft_phi3v.interruption import INTERRUPTION, Halted, Interrupted
@@ -58,9 +59,13 @@ class Trainer(SFTTrainer):
     tracking: Tracking
     meter: Meter
 
-    def watch(self, recipe: Recipe, evaluation: Evaluation, tracking: Tracking) -> None:
-        """Takes our trackers in the place of transformers', and the rows to answer at each evaluation."""
+    def watch(self, recipe: Recipe, evaluation: Evaluation, tracking: Tracking, shape: Shape) -> None:
+        """
+        Takes our trackers in the place of transformers', the rows to answer at each evaluation, and the largest batch
+        that there can be.
+        """
         self.recipe, self.evaluation, self.tracking, self.meter = recipe, evaluation, tracking, Meter()
+        self.shape = shape
         self._rows: list[list[Any]] = []  # names of the rows in the step's batches,
         self._losses: list[torch.Tensor] = []  # and the losses on them
         self._skipped = 0  # steps in a row that `nonfinite: skip` has left out
@@ -100,13 +105,16 @@ class Trainer(SFTTrainer):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        shape = inputs["input_ids"].shape
         try:
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         except RuntimeError as error:
             if self.args.auto_find_batch_size or not should_reduce_batch_size(error):
                 raise
-            raise Halted(self._too_large(*shape)) from error
+            processes, device = self.accelerator.num_processes, self.args.device
+            memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+            raise Halted(
+                oom_message(self.recipe, self.model.config, self.shape, memory, processes=processes)
+            ) from error
         self._losses.append(loss)
         return loss if self.recipe.task.nonfinite == "error" else loss.nan_to_num(0.0, 0.0, 0.0)
 
@@ -117,9 +125,6 @@ class Trainer(SFTTrainer):
         if isinstance(head, FSDPModule) and torch.is_grad_enabled():
             head.unshard()
         return super().compute_loss(model, *args, **kwargs)
-
-    def _too_large(self, rows: int, tokens: int) -> str:
-        return f"Out of memory in a batch of {rows} rows of {tokens} tokens."
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)

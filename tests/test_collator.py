@@ -142,6 +142,7 @@ def test_lengths_come_from_sizes_alone_and_are_those_of_the_batch(collator):
         assert lengths.tokens == batch["input_ids"].shape[1]
         assert lengths.supervised == (batch["labels"] != IGNORED).sum()
         assert lengths.image_tokens == (batch["input_ids"] == 32044).sum()
+    assert collator.all_lengths(list(ROWS.values())) == [collator.lengths(row) for row in ROWS.values()]
     # A picture whose pixels cannot be decoded has a size all the same.
     assert collator.lengths({**ONE, "images": [truncated(PICTURE)]}) == collator.lengths(ONE)
 

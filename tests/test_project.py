@@ -125,7 +125,7 @@ def test_documents_link_to_files_that_exist():
     [
         ("README.md", TaskArguments),
         ("docs/prepare.md", PrepareArguments),
-        ("docs/fit.md", PreviewArguments),
+        ("docs/preview.md", PreviewArguments),
         ("docs/scores.md", ScoringArguments),
         ("docs/publish.md", PublishArguments),
     ],

@@ -79,7 +79,7 @@ def test_our_own_keys_are_these():
         *("eval_rows", "generation_rows", "max_new_tokens", "generation_batch_size"),
     ]
     of_preview = [field.name for field in dataclasses.fields(PreviewArguments)]
-    assert of_preview == ["gpu", "gpu_price", "efficiency"]
+    assert of_preview == ["sizes", "gpu", "gpu_price", "efficiency"]
     of_scoring = [field.name for field in dataclasses.fields(ScoringArguments)]
     assert of_scoring == ["model", "split", "limit"]
     of_prepare = [field.name for field in dataclasses.fields(PrepareArguments)]

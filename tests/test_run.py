@@ -153,7 +153,8 @@ def trainer_for(recipe):
         data_collator=collator,
         processing_class=collator.processor,
     )
-    trainer.watch(recipe, run.Evaluation(recipe, collator.processor, train, held_out), run.Tracking(recipe))
+    evaluation = run.Evaluation(recipe, collator.processor, train, held_out)
+    trainer.watch(recipe, evaluation, run.Tracking(recipe), preview.largest_batch(recipe, prepared))
     return trainer
 
 

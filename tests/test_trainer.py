@@ -231,3 +231,19 @@ def test_the_newest_checkpoint_is_not_used_if_it_is_damaged(recipe, tmp_path, ca
     assert len(adapter(folder)) == len(adapter(tmp_path / "whole"))
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
     assert all(damage(path) is None for path in checkpoints(folder))
+
+
+def test_too_little_memory_is_answered_with_what_helps_most(recipe, monkeypatch):
+    original = trainer.SFTTrainer.training_step
+
+    def full(self, *args):
+        if self.state.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(self, *args)
+
+    monkeypatch.setattr(trainer.SFTTrainer, "training_step", full)
+    with pytest.raises(SystemExit) as end:
+        run.main([recipe(per_device_train_batch_size=4)])
+    said = str(end.value)
+    assert said.startswith("error: The GPU's memory was not enough: a step of this recipe takes some ")
+    assert "per_device_train_batch_size" in said and "What helps most:" in said

@@ -101,6 +101,11 @@ class Phi3VProcessor(ProcessorMixin):
         tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(LITERAL, "<")])
         return tokenizer
 
+    @cached_property
+    def _added(self) -> dict[int, int]:
+        """Ids of the special tokens, and how many characters long they are."""
+        return {token: len(added.content) for token, added in self.tokenizer.added_tokens_decoder.items()}
+
     def __call__(
         self,
         images: Image | list[Image] | list[list[Image]] | None = None,
@@ -118,6 +123,7 @@ class Phi3VProcessor(ProcessorMixin):
         return_tensors: str | None = None,
         return_offsets_mapping: bool = False,
         return_pixel_values: bool = True,
+        expand_image_tokens: bool = True,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -136,6 +142,8 @@ class Phi3VProcessor(ProcessorMixin):
             return_tensors (`str`, *optional*): "pt" for tensors; lists otherwise (pixels are tensors in any case).
             return_pixel_values (`bool`, *optional*, defaults to `True`):
                 `False` gives the ids alone, from the sizes of the pictures: nothing is decoded.
+            expand_image_tokens (`bool`, *optional*, defaults to `True`):
+                `False` gives one image token per picture, for who only counts: thousands of equal ids say no more.
 
         Returns:
             `BatchFeature`: `input_ids` and `attention_mask`, `(batch, length)`; with pictures also `pixel_values`,
@@ -155,7 +163,8 @@ class Phi3VProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         pictures = _pictures_per_text(texts, images)
         encoded = [
-            self._encode(one, row, num_crops, add_special_tokens) for one, row in zip(texts, pictures, strict=True)
+            self._encode(one, row, num_crops, add_special_tokens, expand_image_tokens)
+            for one, row in zip(texts, pictures, strict=True)
         ]
         if truncation and max_length is not None:
             for row, ids in zip(pictures, encoded, strict=True):
@@ -171,7 +180,7 @@ class Phi3VProcessor(ProcessorMixin):
         return BatchFeature(batch, tensor_type=return_tensors, skip_tensor_conversion=["offset_mapping"])
 
     def _encode(
-        self, text: str, images: list[Image], num_crops: int | None, add_special_tokens: bool
+        self, text: str, images: list[Image], num_crops: int | None, add_special_tokens: bool, expand: bool
     ) -> dict[str, list[Any]]:
         """Ids of one text, with their character offsets; `order` lists the pictures as they appear, counted from 0."""
         ids: list[int] = []
@@ -193,7 +202,7 @@ class Phi3VProcessor(ProcessorMixin):
             start = tag.end()
             order.append(int(tag[1]) - 1)
             image = images[order[-1]]
-            count = self.image_processor.num_image_tokens(image.width, image.height, num_crops)
+            count = self.image_processor.num_image_tokens(image.width, image.height, num_crops) if expand else 1
             ids += [self.image_token_id] * count
             offsets += [(0, 0)] * count
         add_text(start, len(text))
@@ -201,9 +210,9 @@ class Phi3VProcessor(ProcessorMixin):
 
     def _offsets(self, encoding: Encoding, start: int) -> list[tuple[int, int]]:
         """Offsets in the whole text. Some special tokens swallow the whitespace behind them: theirs end before it."""
-        added = self.tokenizer.added_tokens_decoder
+        added = self._added
         return [
-            (start + first, start + min(last, first + len(added[token].content) if token in added else last))
+            (start + first, start + (min(last, first + added[token]) if token in added else last))
             for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True)
         ]
 
