@@ -21,8 +21,8 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from sft_phi3v.checkpoints import check_output_dir
-from sft_phi3v.collator import Collator, Lengths
-from sft_phi3v.data import ROW, Pictures, check_rows, load_sizes, load_splits, sized_examples, to_examples
+from sft_phi3v.collator import IGNORED, Collator, Lengths
+from sft_phi3v.data import ROW, Pictures, Sized, check_rows, load_sizes, load_splits, sized_examples, to_examples
 from sft_phi3v.estimate import Shape, fit_report
 from sft_phi3v.machine import check_machine
 from sft_phi3v.model import load_config, load_processor
@@ -190,14 +190,19 @@ def runs_of(example: dict[str, Any], collator: Collator) -> list[dict[str, Any]]
 
     Args:
         example (`dict`): An example.
-        collator ([`Collator`]): Says what is supervised.
+        collator ([`Collator`]): Makes its labels.
 
     Returns:
         `list[dict]`: `{"text", "tokens", "supervised", "picture"}` each; the text of a picture is one image token.
     """
     tokenizer, image_token = collator.processor.tokenizer, collator.processor.image_token_id
+    if any(isinstance(image, Sized) for image in example["images"]):
+        ids, learned = collator.supervised(example)
+    else:  # the very batch that is trained on
+        batch = collator([example])
+        ids, learned = batch["input_ids"][0].tolist(), (batch["labels"][0] != IGNORED).tolist()
     runs: list[tuple[bool, bool, list[int]]] = []
-    for token, supervised in zip(*collator.supervised(example), strict=True):
+    for token, supervised in zip(ids, learned, strict=True):
         kind = (supervised, token == image_token)
         if not runs or runs[-1][:2] != kind:
             runs.append((*kind, []))

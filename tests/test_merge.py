@@ -110,7 +110,7 @@ def test_merging_twice_gives_identical_files(merged_run, finished_run, capsys):
     first = hashes(folder / "merged")
     merge.main(argv)
     assert hashes(folder / "merged") == first
-    assert {path.name for path in folder.iterdir() if path.name.startswith(".")} == {".merge.lock"}
+    assert {path.name for path in folder.iterdir() if path.name.startswith(".")} == {".lock", ".merge.lock"}
     assert "merged and verified" in capsys.readouterr().out
 
 
