@@ -23,7 +23,8 @@ from tqdm import tqdm
 from sft_phi3v.checkpoints import check_output_dir
 from sft_phi3v.collator import IGNORED, Collator, Lengths
 from sft_phi3v.data import ROW, Pictures, Sized, check_rows, load_sizes, load_splits, sized_examples, to_examples
-from sft_phi3v.estimate import Shape, fit_report
+from sft_phi3v.estimate import Shape
+from sft_phi3v.fit import find_gpu, fit_report
 from sft_phi3v.machine import check_machine
 from sft_phi3v.model import load_config, load_processor
 from sft_phi3v.recipe import Recipe, load_recipe
@@ -382,16 +383,22 @@ def largest_batch(recipe: Recipe, prepared: Prepared) -> Shape:
 
 
 def fit(recipe: Recipe, prepared: Prepared) -> str:
-    """What a step takes on a GPU and an epoch costs ([`fit_report`]), for the largest batch of these rows."""
-    return fit_report(
-        recipe,
-        load_config(recipe),
-        largest_batch(recipe, prepared),
-        prepared.overview["rows"]["train"],
-        gpu=recipe.preview.gpu,
-        price=recipe.preview.gpu_price,
-        processes=PartialState().num_processes,
-    )
+    """What a step takes on a GPU and an epoch costs ([`~sft_phi3v.fit.fit_report`]) with these rows."""
+    if recipe.preview.gpu is not None:
+        find_gpu(recipe.preview.gpu)
+    try:
+        return fit_report(
+            recipe,
+            load_config(recipe),
+            largest_batch(recipe, prepared),
+            Shape.mean(prepared.lengths, recipe, prepared.collator.processor.image_processor.num_crops),
+            prepared.overview["rows"]["train"],
+            gpu=recipe.preview.gpu,
+            price=recipe.preview.gpu_price,
+            processes=PartialState().num_processes,
+        )
+    except ValueError as error:
+        return f"memory: not estimated: {error}"
 
 
 def _load(recipe: Recipe) -> None:

@@ -30,8 +30,9 @@ from trl import SFTTrainer
 from sft_phi3v.card import render_card
 from sft_phi3v.checkpoints import ASIDE, check_room, checkpoints, finish, write_whole
 from sft_phi3v.collator import IGNORED
-from sft_phi3v.estimate import Shape, oom_message
+from sft_phi3v.estimate import Shape
 from sft_phi3v.evaluation import Evaluation, public_recipe
+from sft_phi3v.fit import oom_message
 from sft_phi3v.hub import check_for_leaks, trained_files
 from sft_phi3v.interruption import INTERRUPTION, Halted, Interrupted
 from sft_phi3v.model import first_line
@@ -110,11 +111,7 @@ class Trainer(SFTTrainer):
         except RuntimeError as error:
             if self.args.auto_find_batch_size or not should_reduce_batch_size(error):
                 raise
-            processes, device = self.accelerator.num_processes, self.args.device
-            memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-            raise Halted(
-                oom_message(self.recipe, self.model.config, self.shape, memory, processes=processes)
-            ) from error
+            raise Halted(self._too_large(error)) from error
         self._losses.append(loss)
         return loss if self.recipe.task.nonfinite == "error" else loss.nan_to_num(0.0, 0.0, 0.0)
 
@@ -125,6 +122,14 @@ class Trainer(SFTTrainer):
         if isinstance(head, FSDPModule) and torch.is_grad_enabled():
             head.unshard()
         return super().compute_loss(model, *args, **kwargs)
+
+    def _too_large(self, error: RuntimeError) -> str:
+        processes, device = self.accelerator.num_processes, self.args.device
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        try:
+            return oom_message(self.recipe, self.model.config, self.shape, memory, processes=processes)
+        except ValueError as unknown:
+            return f"{first_line(error)} What helps cannot be estimated: {unknown}"
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)

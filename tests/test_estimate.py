@@ -13,22 +13,16 @@ import yaml
 from sft_phi3v import preview
 from sft_phi3v.collator import Lengths
 from sft_phi3v.estimate import (
-    GPUS,
     Setting,
     Shape,
     adapted_weights,
-    epoch_of,
     estimate_memory,
-    find_gpu,
-    fit_report,
-    flops_per_row,
     grid,
     memory_of,
-    oom_message,
     optimiser_bytes,
-    remedies,
     weights_of,
 )
+from sft_phi3v.fit import GPUS, epoch_of, find_gpu, fit_report, flops_per_row, oom_message, remedies
 from sft_phi3v.model import target_pattern
 from sft_phi3v.phi3_v import Phi3VForCausalLM
 from sft_phi3v.recipe import load_recipe
@@ -227,13 +221,13 @@ def test_gpus_are_found_by_any_of_their_names():
 def test_the_report_names_the_parts_the_gpus_and_the_cost(monkeypatch, real):
     recipe = burberry(monkeypatch)
     shape = Shape.worst(recipe, 16)
-    everywhere = fit_report(recipe, real, shape, 8000)
+    everywhere = fit_report(recipe, real, shape, shape, 8000)
     assert all(name in everywhere for name in GPUS) and "✓ RTX 4090" in everywhere
     assert "500 steps" in everywhere
-    one = fit_report(recipe, real, shape, 8000, gpu="T4", price=0.5)
+    one = fit_report(recipe, real, shape, shape, 8000, gpu="T4", price=0.5)
     assert "no bfloat16" in one and "at $0.5 an hour" in one and "H100" not in one
     big = replace(shape, rows=64)
-    assert "✗ does not fit L4" in fit_report(recipe, real, big, 8000, gpu="L4")
+    assert "✗ does not fit L4" in fit_report(recipe, real, big, shape, 8000, gpu="L4")
 
 
 def test_preview_says_it(write_recipe, capsys):
@@ -247,3 +241,18 @@ def test_the_page_has_every_gpu_as_the_table_has_it():
     for name, gpu in GPUS.items():
         assert f"| {name} | {gpu.memory:g} | {gpu.tflops:g} | {gpu.price:.2f} |" in page
     assert json.dumps(0.3) in page
+
+
+def test_the_mean_batch_is_of_the_mean_row(monkeypatch):
+    recipe = burberry(monkeypatch)
+    lengths = [Lengths(100, 0, 10), Lengths(2000, 1933, 30, ((450, 600),)), Lengths(3900, 2509, 20, ((1000, 1000),))]
+    found = Shape.mean(lengths, recipe, 16)
+    assert (found.tokens, found.image_tokens, found.supervised) == (2000, round((1933 + 2509) / 3), 20)
+    assert found.crops == round((0 + 13 + 17) / 3)
+
+
+def test_what_cannot_be_estimated_is_said_and_does_not_end_preview(write_recipe, capsys):
+    preview.main([write_recipe(optim="adalomo")])
+    assert "memory: not estimated: `optim` is 'adalomo'" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="error: `gpu` is 'L5', expected one of T4"):
+        preview.main([write_recipe(gpu="L5")])
