@@ -10,6 +10,7 @@ So a run goes on from the newest checkpoint whose files are what `whole.json` sa
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -29,6 +30,7 @@ from sft_phi3v.recipe import RESUMABLE, Recipe, differences, read_yaml
 
 ASIDE = ".saving"  # in output_dir: the folder in which checkpoints are written
 WHOLE = "whole.json"
+CHECKPOINT = re.compile(r"checkpoint-\d+")
 SHARED = "All machines of a run must see it under this path: put it on a disk that they share."
 ROWS_PER_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -57,7 +59,7 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The `checkpoint-N` folders of a run, the newest first, whole or not."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)
 
 
@@ -128,7 +130,7 @@ def check_room(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
     if free < needed:
         raise ValueError(
-            f"`output_dir` {str(folder)!r}: {what} takes {needed / 1e9:,.2f} GB, and its disk has {free / 1e9:,.2f} GB "
+            f"`output_dir` {str(folder)!r}: {what} takes {needed / 1e6:,.1f} MB, and its disk has {free / 1e6:,.1f} MB "
             "left. Make room, or give an `output_dir` on another disk; the same command then goes on."
         )
 
@@ -144,12 +146,16 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: If another run is at work there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if not PartialState().is_main_process:
         yield
         return
     lock = folder / ".lock"
-    with lock.open("a+", encoding="utf-8") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = lock.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"`output_dir` is {str(folder)!r}, which cannot be written: {error.strerror}.") from error
+    with opened as file:
         _lock(file, folder)
         try:
             yield
@@ -164,7 +170,7 @@ def _lock(file: IO[str], folder: Path) -> None:
         # Not flock(), which the workers that load pictures would inherit and outlive a killed run with.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (11, 13):
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
             return  # a file system without locks
         file.seek(0)
         raise ValueError(
@@ -196,7 +202,9 @@ def resumed_from(recipe: Recipe) -> Path | None:
     found: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
-            found[0] = _newest_whole(check_output_dir(recipe), Path(str(recipe.training.output_dir)))
+            found[0] = _newest_whole(check_output_dir(recipe), named=recipe.resume not in (None, True, "auto"))
+            if found[0] is None:
+                _forget_others(Path(str(recipe.training.output_dir)), recipe)
         except ValueError as error:
             found[1] = str(error)
     checkpoint, problem = broadcast_object_list(found)
@@ -207,14 +215,22 @@ def resumed_from(recipe: Recipe) -> Path | None:
     return checkpoint
 
 
-def _newest_whole(candidates: list[Path], folder: Path) -> Path | None:
-    """The first checkpoint that is whole. Damaged ones get another name: a later rotation must not count them."""
+def _forget_others(folder: Path, recipe: Recipe) -> None:
+    """Removes what was scored before training with another recipe, which got no further."""
+    if changes(folder / "recipe.yaml", recipe):
+        print(f"start: nothing was trained in {folder} yet; the recipe has changed, and it starts over", flush=True)
+        for name in ("metrics.json", "completions.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _newest_whole(candidates: list[Path], *, named: bool) -> Path | None:
+    """The first checkpoint that is whole. Damaged ones get another name, so that no later rotation counts them."""
     for checkpoint in candidates:
         problem = damage(checkpoint)
         if problem is None:
             return checkpoint
         print(f"resume: {checkpoint} is damaged and not used: {problem}", flush=True)
-        if checkpoint.parent.resolve() == folder.resolve():
+        if not named:
             put_aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
             shutil.rmtree(put_aside, ignore_errors=True)
             os.replace(checkpoint, put_aside)
@@ -270,16 +286,15 @@ def check_output_dir(recipe: Recipe) -> list[Path]:
     own = checkpoints(folder)
     wanted = _wanted(given, folder, own)
     if wanted:
-        origin = wanted[0].absolute().parent
-        _check_same_run(origin, recipe)
-        if origin.resolve() == folder.resolve():
+        _check_same_run(wanted[0], recipe)
+        if wanted[0].absolute().parent.resolve() == folder.resolve():
             return wanted
     saved = folder / "recipe.yaml"
     traces = ("checkpoint-*", "adapter_*", "*.safetensors", "metrics.json", "completions.jsonl")
     found = sorted({file.name for trace in traces for file in folder.glob(trace)})
     diff, over = _diff(saved, recipe), _is_over(folder)
     begun = bool(own or over or [*folder.glob("adapter_model.safetensors"), *folder.glob("model*.safetensors")])
-    if not diff and not (begun if saved.is_file() else found):
+    if not (begun if saved.is_file() else found):
         return wanted
     resumable = own and saved.is_file() and not diff
     if resumable and not over and given in (None, "auto"):
@@ -305,18 +320,25 @@ def _wanted(given: bool | str | None, folder: Path, own: list[Path]) -> list[Pat
         )
     if not isinstance(given, str) or given == "auto":
         return own if given is True else []
-    if not Path(given).is_dir():
+    if not Path(given).is_dir() or not CHECKPOINT.fullmatch(Path(given).absolute().name):
         raise ValueError(
-            f"`resume_from_checkpoint` is {given!r}, which is no folder, expected a checkpoint-* folder, auto, or true "
-            f"for the last one in {str(folder)!r} (there: {', '.join(path.name for path in own) or 'none'})."
+            f"`resume_from_checkpoint` is {given!r}, which is no such folder, expected a checkpoint-* folder, auto, or "
+            f"true for the last one in {str(folder)!r} (there: {', '.join(path.name for path in own) or 'none'})."
         )
     return [Path(given)]
 
 
 def _is_over(folder: Path) -> bool:
-    """Whether a run has scored what it trained, which is the last thing that it does."""
-    metrics = folder / "metrics.json"
-    return metrics.is_file() and '"after"' in metrics.read_text(encoding="utf-8")
+    """Whether a run has come to its end."""
+    environment = folder / "environment.json"
+    return environment.is_file() and '"finished": true' in environment.read_text(encoding="utf-8")
+
+
+def finished(folder: Path) -> None:
+    """Notes that a run has come to its end: there is nothing left of it to go on with."""
+    path = folder / "environment.json"
+    environment = json.loads(path.read_text(encoding="utf-8")) | {"finished": True}
+    write_whole(path, json.dumps(environment, indent=2) + "\n")
 
 
 def changes(saved: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -336,7 +358,14 @@ def _diff(saved: Path, recipe: Recipe) -> str:
     return "".join([*lines, "\n"]) if lines else ""
 
 
-def _check_same_run(folder: Path, recipe: Recipe) -> None:
+def _check_same_run(checkpoint: Path, recipe: Recipe) -> None:
+    """Refuses a checkpoint of another recipe; its own is in it, or beside it where it was the run's alone to keep."""
+    folder = checkpoint if (checkpoint / "recipe.yaml").is_file() else checkpoint.absolute().parent
+    if not (folder / "recipe.yaml").is_file():
+        raise ValueError(
+            f"`resume_from_checkpoint`: {str(checkpoint)!r} has no recipe.yaml in it: nothing says what it is of. Give "
+            "a checkpoint that this program wrote."
+        )
     if diff := _diff(folder / "recipe.yaml", recipe):
         raise ValueError(
             f"`resume_from_checkpoint`: another recipe began that run ({folder / 'recipe.yaml'}):{diff}Put these back "

@@ -10,6 +10,7 @@ and the one that is names the peak ([`Memory.moment`]):
 """
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -190,7 +191,7 @@ class Setting:
             rows=training.per_device_train_batch_size,
             accumulation=training.gradient_accumulation_steps,
             processes=processes,
-            sharded=bool(training.fsdp),
+            sharded=bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true",
             cuda=not recipe.settings.get("use_cpu"),  # load_recipe sets training's own where no GPU is seen
         )
 

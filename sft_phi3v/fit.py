@@ -263,12 +263,13 @@ def oom_message(
     holds = "" if available is None else f" of {available / GB:.1f} GB"
     lines = [
         f"The GPU's memory{holds} was not enough: a step of this recipe takes some {memory.total / GB:.1f} GB "
-        f"(estimated for {shape.rows} rows of {shape.tokens:,} tokens). What helps most:"
+        f"(estimated for {_counted(shape.rows, 'row')} of {shape.tokens:,} tokens). What helps most:"
     ]
     return "\n".join([*lines, *_remedy_lines(found, available)])
 
 
 def _remedy_lines(found: Sequence[Remedy], available: int | None) -> list[str]:
+    found = [one for one in found if one.saved >= 0.05 * GB]
     combined = found[3:] and " and " in found[-1].change
     shown = [*found[:3], *(found[-1:] if combined else [])]
     lines = []
@@ -311,7 +312,7 @@ def fit_report(
     weights, setting = weights_of(config), Setting.of(recipe, processes=processes)
     memory = memory_of(setting, config, weights, shape)
     flops = flops_per_row(setting, config, weights, typical)
-    batch = f"{shape.rows} rows of {shape.tokens:,} tokens and {shape.crops} crops"
+    batch = f"{_counted(shape.rows, 'row')} of {shape.tokens:,} tokens and {_counted(shape.crops, 'crop')}"
     lines = [f"memory{' per GPU' * setting.cuda}, estimated for {batch}:"]
     for part, count in memory.parts.items():
         if count >= 0.005 * GB:
@@ -321,7 +322,7 @@ def fit_report(
     everywhere = gpu is None and size is None and setting.cuda
     if size is not None:
         fits = memory.total <= size
-        lines.append(f"{'✓ fits' if fits else '✗ does not fit'} {name}: {size / GB:.1f} GB")
+        lines.append(f"{'✓ fits' if fits else '✗ does not fit'} {name}, by this estimate: {size / GB:.1f} GB")
         if not fits:
             lines += ["What helps most:"]
             lines += _remedy_lines(remedies(recipe, config, shape, processes=processes, available=size), size)
@@ -330,12 +331,16 @@ def fit_report(
     for one in names:
         known = GPUS[one]
         epoch = epoch_of(setting, flops, rows, known, efficiency=efficiency, price=price)
-        mark = "✓" if memory.total <= known.bytes else "✗"
         hourly = known.price if price is None else price
         note = "" if known.bf16 or not recipe.training.bf16 else "; no bfloat16: --bf16 false --fp16 true"
+        mark = (
+            f"{'✓' if memory.total <= known.bytes else '✗'} {one:<9} {known.bytes / GB:>6.1f} GB; "
+            if everywhere
+            else ""
+        )
         lines.append(
-            f"  {mark} {one:<9} {known.bytes / GB:>6.1f} GB; an epoch of {epoch.steps:,} steps: "
-            f"{_time(epoch.seconds)}, ${epoch.dollars:,.2f} at ${hourly:g} an hour{note}"
+            f"  {mark if everywhere else ''}an epoch of {epoch.steps:,} steps: {_time(epoch.seconds)}, "
+            f"${epoch.dollars:,.2f} at ${hourly:.2f} an hour and GPU{note}"
         )
     if names:
         lines.append(
@@ -358,6 +363,10 @@ def _named_or_visible(gpu: str | None) -> tuple[str, GPU | None, int | None]:
     except ValueError:
         return properties.name, None, properties.total_memory
     return name, found, properties.total_memory
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _time(seconds: float) -> str:

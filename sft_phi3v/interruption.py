@@ -7,12 +7,14 @@ again" (EX_TEMPFAIL), and the same command then goes on where this one stopped.
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -42,16 +44,18 @@ class Interruption:
         self.asked: str | None = None
         self.waiting = False
         self._process, self._since = 0, 0.0
+        self.leaving = multiprocessing.Value(ctypes.c_bool, False, lock=False)  # shared with workers
 
     @contextlib.contextmanager
     def heeded(self) -> Iterator[None]:
         """Takes signals; within [`Interruption.awaited`] they wait for a safe point."""
-        self.asked, self._process = None, os.getpid()
+        self.asked, self._process, self.leaving.value = None, os.getpid(), False
         handlers = {one: signal.signal(one, self._take) for one in (signal.SIGTERM, signal.SIGINT)}
         _follow_launcher()
         try:
             yield
         finally:
+            self.leaving.value = True
             for one, handler in handlers.items():
                 signal.signal(one, handler)
 
@@ -73,17 +77,38 @@ class Interruption:
         return bool(asked)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process and self.waiting and number == signal.SIGINT:
-            return  # Ctrl-C reaches the workers that load pictures as well: the step needs what they are at
         # torchrun passes on the Ctrl-C that the terminal has sent to everybody: that is no second one.
         again = self.asked == "SIGINT" and number == signal.SIGINT and time.monotonic() - self._since > 1
         self.asked, self._since = signal.Signals(number).name, time.monotonic()
-        if again or not self.waiting or os.getpid() != self._process:
-            raise SystemExit(EXIT_CODE)
-        if PartialState().is_main_process:
-            hint = " (Ctrl-C again: stop now)" if number == signal.SIGINT else ""
+        own, at_once = os.getpid() == self._process, again or not self.waiting
+        if own and PartialState().is_main_process:
+            hint = "stopping (Ctrl-C again: at once)" if number == signal.SIGINT else "stopping"
             # Not by print, which must not be called again while it is at work.
-            os.write(sys.__stdout__.fileno() if sys.__stdout__ else 1, f"\n{self.asked}: stopping{hint}\n".encode())
+            said = f"\n{self.asked}: {'stopped; the same command goes on, or starts again' if at_once else hint}\n"
+            os.write(sys.__stdout__.fileno() if sys.__stdout__ else 1, said.encode())
+        if at_once or not own:
+            raise SystemExit(EXIT_CODE)
+
+
+def undisturbed(then: Callable[[int], None] | None, leaving: Any, worker: int) -> None:
+    """
+    Begins a worker that loads pictures (`worker_init_fn`): signals to a whole group, which torchrun, `timeout` and
+    terminals send, must not take from a step what it needs to be finished.
+
+    Args:
+        then (`Callable`, *optional*): The `worker_init_fn` that there was.
+        leaving (`multiprocessing.Value`): Whether the process itself is leaving, which ends its workers by SIGTERM.
+        worker (`int`): The worker's number.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: _leave(leaving))
+    if then is not None:
+        then(worker)
+
+
+def _leave(leaving: Any) -> None:
+    if leaving.value:
+        os._exit(0)
 
 
 def _follow_launcher() -> None:

@@ -351,6 +351,8 @@ def main(argv: list[str] | None = None) -> None:
     """`python -m sft_phi3v.preview RECIPE [--key value …]`"""
     try:
         recipe = load_recipe(sys.argv[1:] if argv is None else argv)
+        if recipe.preview.gpu is not None:
+            find_gpu(recipe.preview.gpu)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{recipe.path}: the recipe is right. What it needs:")
@@ -384,8 +386,6 @@ def largest_batch(recipe: Recipe, prepared: Prepared) -> Shape:
 
 def fit(recipe: Recipe, prepared: Prepared) -> str:
     """What a step takes on a GPU and an epoch costs ([`~sft_phi3v.fit.fit_report`]) with these rows."""
-    if recipe.preview.gpu is not None:
-        find_gpu(recipe.preview.gpu)
     try:
         return fit_report(
             recipe,
@@ -395,7 +395,7 @@ def fit(recipe: Recipe, prepared: Prepared) -> str:
             prepared.overview["rows"]["train"],
             gpu=recipe.preview.gpu,
             price=recipe.preview.gpu_price,
-            processes=PartialState().num_processes,
+            processes=recipe.preview.gpus or PartialState().num_processes,
         )
     except ValueError as error:
         return f"memory: not estimated: {error}"

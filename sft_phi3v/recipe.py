@@ -205,6 +205,7 @@ class PreviewArguments:
             "machine's, or if it has none, every one."
         },
     )
+    gpus: int | None = field(default=None, metadata={"help": "How many of them. null: as many as there are processes."})
     gpu_price: float | None = field(
         default=None, metadata={"help": "Dollars per hour and GPU. null: the example price of docs/fit.md."}
     )
@@ -217,6 +218,8 @@ class PreviewArguments:
             raise ValueError(f"`efficiency` is {self.efficiency}, expected a share above 0 and up to 1.")
         if self.gpu_price is not None and self.gpu_price < 0:
             raise ValueError(f"`gpu_price` is {self.gpu_price}, expected 0 or more.")
+        if self.gpus is not None and self.gpus < 1:
+            raise ValueError(f"`gpus` is {self.gpus}, expected 1 or more.")
 
 
 @dataclass
@@ -365,6 +368,8 @@ REFUSED: dict[str, str] = {
     "model_init_kwargs": "write `dtype`, `attn_implementation` and `model_revision` instead",
     "streaming": "write `dataset_streaming`, which goes for `datasets` too",
     "test_split_size": "write `held_out`",
+    "save_only_model": "a checkpoint without the optimiser cannot be gone on from",
+    "accelerator_config": "how rows are shared out over processes is what the loss and the epochs count on",
     "save_on_each_node": "checkpoints lie on a disk that all machines share",
     "remove_unused_columns": "a row becomes an example only when it is read, so its columns must stay",
     "truncation_mode": "a row is never cut: see `max_length` and `overlong`",
@@ -376,9 +381,9 @@ _REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 
 # What a resumed run may change: how long it runs, what it shows and keeps, how rows are spread over devices.
 RESUMABLE = re.compile(
-    r"nonfinite|max_steps|num_train_epochs|(save|logging|dataloader|hub)_.*|push_to_hub|report_to|run_name|disable_tqdm|"
+    r"nonfinite|max_steps|num_train_epochs|(logging|hub)_.*|save_(steps|strategy|total_limit)|dataloader_(?!drop_last).*|push_to_hub|report_to|run_name|disable_tqdm|"
     r"eval_strategy|eval_steps|per_device_(train|eval)_batch_size|gradient_accumulation_steps|generation_batch_size|"
-    r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare|sizes|gpu|gpu_price|efficiency|"
+    r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare|sizes|gpus?|gpu_price|efficiency|"
     r"model|split|limit|"
     r"adapter|merge_.*|compare_bases|what|license|language|card_examples|dry_run|replace"
 )

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 
-from sft_phi3v.checkpoints import check_room, check_shared, claimed, resumed_from, write_whole
+from sft_phi3v.checkpoints import check_room, check_shared, claimed, finished, resumed_from, write_whole
 from sft_phi3v.data import to_examples
 from sft_phi3v.evaluation import Evaluation, identity, of_scored, trained_hashes
 from sft_phi3v.hub import check_before_training
@@ -134,6 +135,8 @@ def train(recipe: Recipe, trainer: Trainer, evaluation: Evaluation, checkpoint: 
     trainer.tracking.finish()
     if recipe.training.push_to_hub:
         trainer.push_to_hub("With scores")
+    if trainer.is_world_process_zero():
+        finished(evaluation.folder)
     print_once(f"\n{evaluation.table()}\n\n{found}\n\nadapter, scores and completions: {recipe.training.output_dir}")
 
 
@@ -224,8 +227,13 @@ def main(argv: list[str] | None = None) -> None:
         except Interrupted:
             trainer.tracking.finish()
             step, most = trainer.state.global_step, trainer.state.max_steps
-            print_once(f"stopped after step {step} of {most}, which is saved: the same command goes on from there.")
+            saved = f"stopped after step {step} of {most}, which is saved: the same command goes on from there."
+            print_once(saved if step else "stopped before the first step: the same command starts again.")
             raise SystemExit(EXIT_CODE) from None
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise SystemExit(f"error: {trainer.out_of_memory(error)}") from error
         except Halted as error:
             trainer.tracking.finish()
             raise SystemExit(f"error: {error}" if str(error) else 1) from error

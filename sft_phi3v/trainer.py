@@ -11,12 +11,12 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub import CommitOperationAdd, HfApi
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
@@ -28,13 +28,13 @@ from transformers.utils import PushInProgress
 from trl import SFTTrainer
 
 from sft_phi3v.card import render_card
-from sft_phi3v.checkpoints import ASIDE, check_room, checkpoints, finish, write_whole
+from sft_phi3v.checkpoints import ASIDE, check_room, checkpoints, damage, finish, write_whole
 from sft_phi3v.collator import IGNORED
 from sft_phi3v.estimate import Shape
 from sft_phi3v.evaluation import Evaluation, public_recipe
 from sft_phi3v.fit import oom_message
 from sft_phi3v.hub import check_for_leaks, trained_files
-from sft_phi3v.interruption import INTERRUPTION, Halted, Interrupted
+from sft_phi3v.interruption import INTERRUPTION, Halted, Interrupted, undisturbed
 from sft_phi3v.model import first_line
 from sft_phi3v.recipe import Recipe
 from sft_phi3v.scoring import Completion
@@ -89,6 +89,26 @@ class Trainer(SFTTrainer):
             raise Interrupted
         return output
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return _undisturbed(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        return _undisturbed(super().get_eval_dataloader(*args, **kwargs))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that was cut after its last step: transformers would look at max_steps only after one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        if problem := damage(Path(str(self.state.best_model_checkpoint))):
+            best = self.state.best_model_checkpoint
+            print(f"load_best_model_at_end: {best} is damaged ({problem}): the last weights are kept", flush=True)
+            return
+        super()._load_best_model()
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         start = time.perf_counter()
         batches, items = super().get_batch_samples(*args, **kwargs)
@@ -101,17 +121,13 @@ class Trainer(SFTTrainer):
         # process alone would not learn from these.
         size, processes = self._train_batch_size, self.accelerator.num_processes
         real = 0 if isinstance(self.train_dataset, Stream) else len(self.train_dataset) % (size * processes)
-        if processes > 1 and real and self.accelerator.gradient_state.end_of_dataloader:
+        filled = real and processes > 1 and not self.args.dataloader_drop_last
+        if filled and self.accelerator.gradient_state.end_of_dataloader:
             batch_samples[-1]["labels"][max(real - size * self.accelerator.process_index, 0) :] = IGNORED
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        try:
-            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        except RuntimeError as error:
-            if self.args.auto_find_batch_size or not should_reduce_batch_size(error):
-                raise
-            raise Halted(self._too_large(error)) from error
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._losses.append(loss)
         return loss if self.recipe.task.nonfinite == "error" else loss.nan_to_num(0.0, 0.0, 0.0)
 
@@ -123,7 +139,8 @@ class Trainer(SFTTrainer):
             head.unshard()
         return super().compute_loss(model, *args, **kwargs)
 
-    def _too_large(self, error: RuntimeError) -> str:
+    def out_of_memory(self, error: RuntimeError) -> str:
+        """What helps most, where memory was not enough."""
         processes, device = self.accelerator.num_processes, self.args.device
         memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
         try:
@@ -251,8 +268,9 @@ class Trainer(SFTTrainer):
                 self.state.best_model_checkpoint = str(target)
             if self.is_world_process_zero():
                 self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-                if (folder / RUN_IDS).is_file():
-                    shutil.copy(folder / RUN_IDS, written)
+                for name in (RUN_IDS, "recipe.yaml", "environment.json"):
+                    if (folder / name).is_file():
+                        shutil.copy(folder / name, written)
                 if self._due:
                     (written / DUE).touch()
                 finish(written, target)
@@ -292,7 +310,10 @@ class Trainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             yield self._aside
         except Exception as error:
-            shutil.rmtree(folder / ASIDE, ignore_errors=True)
+            if self.is_world_process_zero():
+                shutil.rmtree(folder / ASIDE, ignore_errors=True)
+            if isinstance(error, ValueError):  # there was no room for it
+                raise Halted(str(error)) from error
             left = next((str(path) for path in checkpoints(folder)), "none")
             raise Halted(
                 f"{target} could not be written: {type(error).__name__}: {first_line(error)}\nThe last whole "
@@ -386,3 +407,9 @@ class Trainer(SFTTrainer):
         # gather_for_metrics drops the rows that were repeated to fill the last batch of all processes.
         self._sums += self.accelerator.gather_for_metrics(rows.contiguous()).sum(dim=0)
         return rows[:, 0].sum() / rows[:, 2].sum().clamp(min=1), None, None
+
+
+def _undisturbed(loader: DataLoader[Any]) -> DataLoader[Any]:
+    inner = getattr(loader, "base_dataloader", loader)  # Accelerate's only wraps the one that starts workers
+    inner.worker_init_fn = partial(undisturbed, inner.worker_init_fn, INTERRUPTION.leaving)
+    return loader

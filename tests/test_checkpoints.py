@@ -39,21 +39,32 @@ def checkpoint(step, folder="out"):
 
 def test_an_output_dir_with_another_run_is_refused():
     load("seed: 1\n").save("out")
-    check_output_dir(load("seed: 1\n"))
-    with pytest.raises(
-        ValueError, match=r"'out' already holds a run of another recipe \(out/recipe.yaml\):\n  seed: 1 → 2\n"
-    ):
+    assert check_output_dir(load("seed: 1\n")) == check_output_dir(load("seed: 2\n")) == []  # nothing was learned yet
+    Path("out/adapter_model.safetensors").touch()
+    said = r"'out' already holds a run of another recipe \(out/recipe.yaml\):\n  seed: 1 → 2\n"
+    with pytest.raises(ValueError, match=said):
         check_output_dir(load("seed: 2\n"))
     check_output_dir(load("seed: 2\n", "--output_dir", "fresh"))
 
 
-@pytest.mark.parametrize("result", ["adapter_model.safetensors", "model-00001-of-00002.safetensors", "metrics.json"])
+def test_what_was_scored_before_training_with_another_recipe_is_forgotten(capsys):
+    load("seed: 1\n").save("out")
+    scores = Path("out/metrics.json")
+    scores.write_text('{"before": {}}')
+    assert resumed_from(load("seed: 1\n")) is None and scores.exists()
+    assert resumed_from(load("seed: 2\n")) is None and not scores.exists()
+    assert "start: nothing was trained in out yet; the recipe has changed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "result", ["adapter_model.safetensors", "model-00001-of-00002.safetensors", "environment.json"]
+)
 def test_a_finished_run_is_not_overwritten_by_the_same_command(result):
     load().save("out")
     Path("out/environment.json").write_text("{}")
     Path("out/metrics.json").write_text('{"baseline": {}, "before": {}}')
     assert check_output_dir(load()) == []  # it died before it had learned anything
-    Path("out", result).write_text('{"before": {}, "after": {}}')
+    Path("out", result).write_text('{"finished": true}')
     with pytest.raises(ValueError, match=r"already holds a run of this recipe(, which is over)?\. Give a fresh folder"):
         check_output_dir(load())
 
@@ -68,6 +79,9 @@ def test_the_same_command_goes_on_with_what_is_not_over(argv):
     Path("out/adapter_model.safetensors").touch()  # it was scoring what it had trained
     assert check_output_dir(load("", *argv)) == [second, first]
     Path("out/metrics.json").write_text('{"before": {}, "after": {}}')
+    assert check_output_dir(load("", *argv)) == [second, first]  # or publishing
+    environment()
+    checkpoints.finished(Path("out"))
     if argv[1:] == ["true"]:  # such as for more steps
         assert check_output_dir(load("max_steps: 90\n", *argv)) == [second, first]
         return
@@ -96,11 +110,32 @@ def test_resuming_needs_a_checkpoint():
     with pytest.raises(ValueError, match="holds no checkpoint-"):
         check_output_dir(load("", "--resume_from_checkpoint", "true"))
     Path("out/checkpoint-5").mkdir()
+    with pytest.raises(ValueError, match=r"'out/checkpoint-5' has no recipe.yaml in it: nothing says what it is of"):
+        check_output_dir(load("", "--resume_from_checkpoint", "true"))
+    load().save("out")
     for argv in (["--resume_from_checkpoint", "true"], ["--resume_from_checkpoint"]):
         check_output_dir(recipe := load("", *argv))
         assert recipe.resume is True and load().resume is None
-    with pytest.raises(ValueError, match=r"'out/checkpoint-6', which is no folder.*checkpoint-5"):
-        check_output_dir(load("", "--resume_from_checkpoint", "out/checkpoint-6"))
+    for wrong in ("out/checkpoint-6", "out"):
+        with pytest.raises(ValueError, match=rf"'{wrong}', which is no such folder.*checkpoint-5"):
+            check_output_dir(load("", "--resume_from_checkpoint", wrong))
+
+
+def test_a_checkpoint_that_was_moved_away_still_knows_its_recipe():
+    load("seed: 1\n").save("elsewhere/checkpoint-5")
+    resume = ["--resume_from_checkpoint", "elsewhere/checkpoint-5"]
+    assert check_output_dir(load("seed: 1\n", *resume)) == [Path("elsewhere/checkpoint-5")]
+    with pytest.raises(ValueError, match=r"(?s)another recipe began that run .*seed: 1 → 2"):
+        check_output_dir(load("seed: 2\n", *resume))
+
+
+def test_a_checkpoint_that_was_named_is_not_moved():
+    load().save("out")
+    bad = checkpoint(5)
+    (bad / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="none of the checkpoints out/checkpoint-5 is whole"):
+        resumed_from(load("", "--resume_from_checkpoint", "out/checkpoint-5"))
+    assert bad.is_dir()
 
 
 @pytest.mark.parametrize("given", ["true", "out/checkpoint-5"])
@@ -234,7 +269,7 @@ def test_two_runs_in_one_folder_are_refused():
 
 def test_what_does_not_fit_on_the_disk_is_not_begun():
     check_room(Path("not/yet/there"), 1000, "a checkpoint")
-    with pytest.raises(ValueError, match=r"a checkpoint takes 1,000,000,000.00 GB, and its disk has"):
+    with pytest.raises(ValueError, match=r"a checkpoint takes 1,000,000,000,000.0 MB, and its disk has"):
         check_room(Path("not/yet/there"), 10**18, "a checkpoint")
 
 
@@ -248,3 +283,12 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_finished_costs_nothing(monke
     with pytest.raises(OSError, match="No space left"):
         checkpoint(50)
     assert damage(old) is None and not Path("out/checkpoint-50").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ValueError, match=r"which cannot be written: Not a directory"),
+        claimed(tmp_path / "file" / "out"),
+    ):
+        pass

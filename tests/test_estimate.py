@@ -225,7 +225,7 @@ def test_the_report_names_the_parts_the_gpus_and_the_cost(monkeypatch, real):
     assert all(name in everywhere for name in GPUS) and "✓ RTX 4090" in everywhere
     assert "500 steps" in everywhere
     one = fit_report(recipe, real, shape, shape, 8000, gpu="T4", price=0.5)
-    assert "no bfloat16" in one and "at $0.5 an hour" in one and "H100" not in one
+    assert "no bfloat16" in one and "at $0.50 an hour" in one and "H100" not in one
     big = replace(shape, rows=64)
     assert "✗ does not fit L4" in fit_report(recipe, real, big, shape, 8000, gpu="L4")
 

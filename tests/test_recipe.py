@@ -79,7 +79,7 @@ def test_our_own_keys_are_these():
         *("eval_rows", "generation_rows", "max_new_tokens", "generation_batch_size"),
     ]
     of_preview = [field.name for field in dataclasses.fields(PreviewArguments)]
-    assert of_preview == ["sizes", "gpu", "gpu_price", "efficiency"]
+    assert of_preview == ["sizes", "gpu", "gpus", "gpu_price", "efficiency"]
     of_scoring = [field.name for field in dataclasses.fields(ScoringArguments)]
     assert of_scoring == ["model", "split", "limit"]
     of_prepare = [field.name for field in dataclasses.fields(PrepareArguments)]
@@ -316,12 +316,12 @@ def test_a_resumed_run_may_change_these_keys():
     """A key belongs here only if a run that goes on with another value of it is still the run that its recipe names."""
     ours = {field.name for field in dataclasses.fields(TaskArguments)}
     assert " ".join(sorted(key for key in {*TRL_KEYS, *ours, "env"} if RESUMABLE.fullmatch(key))) == (
-        "dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers "
+        "dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers "
         "dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor disable_tqdm env "
         "eval_steps eval_strategy generation_batch_size gradient_accumulation_steps hub_always_push hub_model_id "
         "hub_private_repo hub_revision hub_strategy hub_token logging_first_step logging_nan_inf_filter "
         "logging_steps logging_strategy max_steps nonfinite num_train_epochs output_dir per_device_eval_batch_size "
-        "per_device_train_batch_size push_to_hub report_to run_name save_on_each_node save_only_model save_steps "
+        "per_device_train_batch_size push_to_hub report_to run_name save_steps "
         "save_strategy save_total_limit"
     )
 

@@ -1,10 +1,12 @@
 """What must not go wrong silently, and must not be lost, in one process; test_distributed.py has the others."""
 
+import contextlib
 import json
 import math
 import os
 import resource
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,7 +150,7 @@ def test_a_disk_that_is_full_is_said_and_the_old_checkpoint_is_not_touched(recip
 
 def test_what_cannot_fit_is_said_before_training(recipe, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(SystemExit, match=r"error: `output_dir` .*: a checkpoint takes 0.00 GB, and its disk"):
+    with pytest.raises(SystemExit, match=r"error: `output_dir` .*: a checkpoint takes 0.7 MB, and its disk has 0.0 MB"):
         run.main([recipe()])
 
 
@@ -208,6 +210,74 @@ def test_evaluating_does_not_change_what_is_learned(recipe, tmp_path):
     assert same(tmp_path / "without", tmp_path / "out")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_workers_as_well_takes_nothing_from_the_step(recipe, tmp_path, monkeypatch, number):
+    """torchrun, `timeout` and terminals signal whole groups."""
+    original = trainer.SFTTrainer.training_step
+
+    def act(self, *args):
+        if self.state.global_step == 2 and INTERRUPTION.asked is None:
+            workers = [int(path.read_text().split()[0]) for path in children()]
+            assert len(workers) == 2
+            for process in (*workers, os.getpid()):
+                os.kill(process, number)
+        return original(self, *args)
+
+    monkeypatch.setattr(trainer.SFTTrainer, "training_step", act)
+    with pytest.raises(SystemExit) as end:
+        run.main([recipe(dataloader_num_workers=2)])
+    assert end.value.code == 75
+    assert checkpoints(tmp_path / "out")[0].name == "checkpoint-3"
+    for process in children():  # as Python does with them when it ends
+        os.kill(int(process.read_text().split()[0]), signal.SIGTERM)
+    waited = time.monotonic()
+    while children():
+        assert time.monotonic() < waited + 20
+        time.sleep(0.1)
+
+
+def children():
+    """Of this process: those that load pictures."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rsplit(")", 1)[1].split()
+            command = (path.parent / "cmdline").read_bytes()
+            if int(fields[1]) == os.getpid() and fields[0] != "Z" and b"resource_tracker" not in command:
+                found.append(path)
+    return found
+
+
+def test_a_run_that_is_cut_after_its_last_step_makes_no_other(recipe, tmp_path, monkeypatch):
+    run.main([recipe(max_steps=3, lr_scheduler_type="constant", output_dir=str(tmp_path / "whole"))])
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(self):
+        raise PowerCut
+
+    path = recipe(max_steps=3, lr_scheduler_type="constant")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "save_state", cut)
+        with pytest.raises(PowerCut):
+            run.main([path])
+    run.main([path])
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 3
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-3", "checkpoint-2"]
+    assert same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_recipe_may_change_where_nothing_was_learned_yet(recipe, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.SFTTrainer, "training_step", lambda *args: (_ for _ in ()).throw(KeyError("cut")))
+        with pytest.raises(KeyError):
+            run.main([recipe(max_steps=1)])
+    assert (tmp_path / "out" / "metrics.json").exists()
+    run.main([recipe(max_steps=1, lora_r=4)])
+    assert "nothing was trained in" in capsys.readouterr().out
+
+
 def test_a_signal_before_training_ends_the_run_at_once(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "load_model", lambda recipe: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as end:
@@ -216,12 +286,13 @@ def test_a_signal_before_training_ends_the_run_at_once(recipe, tmp_path, monkeyp
     assert not checkpoints(tmp_path / "out")
 
 
-def test_the_newest_checkpoint_is_not_used_if_it_is_damaged(recipe, tmp_path, capsys):
+def test_the_newest_checkpoint_is_not_used_if_it_is_damaged(recipe, tmp_path, capsys, monkeypatch):
     run.main([recipe(output_dir=str(tmp_path / "whole"), max_steps=6)])
     path = recipe(max_steps=4)
-    run.main([path])
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "finished", lambda folder: None)  # it died while it published
+        run.main([path])
     folder = tmp_path / "out"
-    (folder / "metrics.json").unlink()  # it died while it scored
     with (folder / "checkpoint-4" / "optimizer.pt").open("r+b") as file:
         file.truncate(1000)
     run.main([path, "--max_steps", "6"])
@@ -233,15 +304,17 @@ def test_the_newest_checkpoint_is_not_used_if_it_is_damaged(recipe, tmp_path, ca
     assert all(damage(path) is None for path in checkpoints(folder))
 
 
-def test_too_little_memory_is_answered_with_what_helps_most(recipe, monkeypatch):
-    original = trainer.SFTTrainer.training_step
-
-    def full(self, *args):
+@pytest.mark.parametrize(
+    ("owner", "name"), [(trainer.SFTTrainer, "training_step"), (trainer.SFTTrainer, "_maybe_log_save_evaluate")]
+)
+def test_too_little_memory_is_answered_with_what_helps_most(recipe, monkeypatch, owner, name):
+    def full(self, *args, **kwargs):
         if self.state.global_step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return original(self, *args)
+        return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(trainer.SFTTrainer, "training_step", full)
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, full)
     with pytest.raises(SystemExit) as end:
         run.main([recipe(per_device_train_batch_size=4)])
     said = str(end.value)
