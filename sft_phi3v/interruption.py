@@ -44,7 +44,7 @@ class Interruption:
         self.asked: str | None = None
         self.waiting = False
         self._process, self._since = 0, 0.0
-        self.leaving = multiprocessing.Value(ctypes.c_bool, False, lock=False)  # shared with workers
+        self.leaving: Any = multiprocessing.Value(ctypes.c_bool, False, lock=False)  # shared with workers
 
     @contextlib.contextmanager
     def heeded(self) -> Iterator[None]:
