@@ -642,6 +642,7 @@ def test_charts_say_in_words_what_they_show():
     assert "the highest bar, 5, from 200 to 400" in histogram("Tokens", [0, 200, 400], [3, 5], "rows").text
 
 
+@pytest.mark.slow
 def test_a_collator_that_supervises_the_prompt_trains_a_worse_model_and_the_page_shows_why(
     trained_run, tmp_path, monkeypatch
 ):

@@ -174,7 +174,7 @@ def test_the_config_is_the_recipe_and_what_it_ran_on(training, merged_run):
     assert config["learning_rate"] == 5e-3 and config["load_in_4bit"] is True and config["lora_r"] == 16
     assert config["model_name_or_path"] == "tiny_base" and config["answer"] == "Colour: {label}."
     environment = json.loads((merged_run / "environment.json").read_text())
-    del environment["local_paths"]
+    del environment["local_paths"], environment["finished"]
     assert config["environment"] == environment
 
 
