@@ -258,6 +258,7 @@ def history(folder):
 
 def test_a_run_cut_in_an_epoch_resumes_to_the_same_weights_bit_for_bit(stream_recipe, tmp_path, monkeypatch):
     keys = {"num_train_epochs": 1.5, "save_steps": 4, "lora_dropout": 0.1, "dataloader_num_workers": 2}
+    keys |= {"model_name_or_path": str(Path(__file__).resolve().parents[1] / "recipes" / "tiny_base")}
     keys |= {"gradient_accumulation_steps": 2}
     run.main([stream_recipe(**keys, output_dir=str(tmp_path / "whole"))])
     whole = history(tmp_path / "whole")
