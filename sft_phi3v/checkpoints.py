@@ -247,7 +247,7 @@ def check_shared(folder: Path) -> None:
     Refuses an `output_dir` that the other machines of a run do not see: they could not go on from its checkpoints.
 
     Args:
-        folder (`Path`): `output_dir`, which the main process has made.
+        folder (`Path`): `output_dir`, made if need be.
 
     Raises:
         ValueError: On the machines that do not share it.
@@ -257,6 +257,7 @@ def check_shared(folder: Path) -> None:
         return
     [name] = broadcast_object_list([f".shared-{os.getpid()}-{time.time_ns()}"])
     if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     state.wait_for_everyone()
     seen = (folder / name).exists()
