@@ -58,7 +58,7 @@ test-slow: setup  ## the tests that take minutes, the demo's scores among them
 	$(BIN)/python -m pytest -m slow
 
 test-distributed: setup  ## several processes, FSDP2, two machines, kills: one recipe, one result (minutes)
-	$(BIN)/python -m pytest -m distributed
+	$(BIN)/python -m pytest -m "distributed and not slow"
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .
