@@ -10,17 +10,17 @@ and the one that is names the peak ([`Memory.moment`]):
 """
 
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from sft_phi3v.activations import Layer, Numerics, decoder_layer, vision_forward, vision_layer
 from sft_phi3v.collator import Lengths
-from sft_phi3v.model import NEVER_QUANTISED, PARTS
+from sft_phi3v.model import NEVER_QUANTISED, PARTS, freeze_unused
 from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM
 from sft_phi3v.phi3_v.image_processing_phi3_v import CROP, num_image_tokens, scaled_size
 from sft_phi3v.recipe import Recipe
@@ -191,7 +191,7 @@ class Setting:
             rows=training.per_device_train_batch_size,
             accumulation=training.gradient_accumulation_steps,
             processes=processes,
-            sharded=bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true",
+            sharded=bool(training.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP"),
             cuda=not recipe.settings.get("use_cpu"),  # load_recipe sets training's own where no GPU is seen
         )
 
@@ -216,22 +216,14 @@ def weights_of(config: Phi3VConfig) -> tuple[Weight, ...]:
     with torch.device("meta"):
         model = Phi3VForCausalLM(config)
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    unused = re.compile(
-        "|".join(
-            [r"model\.vision_tower\.post_layernorm\.", r"model\.vision_tower\.embeddings\.position_ids"]
-            + [
-                rf"model\.vision_tower\.encoder\.layers\.{layer}\."
-                for layer in range(model.model.vision_layers, config.vision_config.num_hidden_layers)
-            ]
-        )
-    )
+    freeze_unused(model)
     return tuple(
         Weight(
             name=name,
             part=next(part for part, prefix in PARTS.items() if name.startswith(prefix)),
             shape=tuple(weight.shape),
             linear=name in linears,
-            computed=not unused.match(name),
+            computed=weight.requires_grad,
         )
         for name, weight in model.named_parameters()
     )

@@ -8,6 +8,7 @@ import os
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers.utils import is_torch_bf16_gpu_available
 
 from sft_phi3v.recipe import Recipe, wants_bf16
@@ -53,7 +54,7 @@ def _check_launcher(recipe: Recipe) -> None:
     """Refuses what `accelerate launch` was told and the recipe does not go with."""
     state, launched = PartialState(), int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = bool(recipe.settings.get("use_cpu"))
-    if _said("ACCELERATE_USE_CPU") and not on_cpu:
+    if parse_flag_from_env("ACCELERATE_USE_CPU") and not on_cpu:
         raise ValueError(
             f"`accelerate launch` was told to use the CPU and {recipe.path} was not. Add: --use_cpu true --bf16 false "
             "--dtype float32 (or take `use_cpu` out of the Accelerate config)."
@@ -64,7 +65,7 @@ def _check_launcher(recipe: Recipe) -> None:
             "alone and write the same folder. On GPUs write `distributed_type: MULTI_GPU` into the Accelerate config, "
             "as accelerate_configs/ddp.yaml does; on CPUs `use_cpu: true` as well, there and in the recipe."
         )
-    if _said("ACCELERATE_USE_FSDP"):
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         for problem, remedy in _fsdp_problems(recipe):
             raise ValueError(f"FSDP: {problem}. {remedy} (accelerate_configs/fsdp2.yaml is written so.)")
 
@@ -82,7 +83,7 @@ def _fsdp_problems(recipe: Recipe) -> list[tuple[str, str]]:
         found.append(
             ("checkpoints would lack the adapter", "Write `fsdp_state_dict_type: FULL_STATE_DICT` into fsdp_config.")
         )
-    if _said("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+    if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         found.append(
             (
                 "only one process would have the base model, and all of them score it before training",
@@ -107,8 +108,3 @@ def _fsdp_problems(recipe: Recipe) -> list[tuple[str, str]]:
             )
         )
     return found
-
-
-def _said(variable: str) -> bool:
-    """Whether `accelerate launch` set one of its switches."""
-    return os.environ.get(variable, "").lower() in ("true", "1", "yes", "on")
