@@ -233,6 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
+            trainer.tracking.finish()
             raise SystemExit(f"error: {trainer.out_of_memory(error)}") from error
         except Halted as error:
             trainer.tracking.finish()
