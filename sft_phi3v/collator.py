@@ -41,21 +41,25 @@ class Collator:
         processor ([`Phi3VProcessor`]): Tokenizer and image processor.
         max_length (`int`, *optional*): Longest row allowed, in tokens; a longer one is an error, never cut.
         pad_to_multiple_of (`int`, *optional*): Rounds the padded length up.
+        padding_free (`bool`, *optional*): Whether rows lie behind each other in a batch of one ([`flattened`]).
     """
 
     processor: Phi3VProcessor
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
+    padding_free: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
         Args:
             examples (`list[dict]`): `{"images": [PIL.Image], "messages": [...], "row": int}` each, in TRL's
-                conversational format: any number of turns and of pictures, also none.
+                conversational format: any number of turns and of pictures, also none. One that only fills up the last
+                batch says `"repeated": True`, and nothing in it is supervised.
 
         Returns:
-            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels`, int64 `(batch, length)`; where any
-            row has a picture also `pixel_values`, float32 `(crops, 3, 336, 336)`, and `image_sizes`, `(pictures, 2)`.
+            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels`, int64 `(batch, length)`, or what
+            [`flattened`] makes of them; where any row has a picture also `pixel_values`, float32
+            `(crops, 3, 336, 336)`, and `image_sizes`, `(pictures, 2)`.
 
         Raises:
             ValueError: If a row is longer than `max_length`, has nothing to learn, or its picture cannot be read.
@@ -65,7 +69,11 @@ class Collator:
         labels = batch["input_ids"].masked_fill(~supervised, IGNORED)
         for example, mask, found in zip(examples, batch["attention_mask"], supervised, strict=True):
             self._check(example, int(mask.sum()), int(found.sum()))
-        return {**batch, "labels": labels}
+        for row, example in zip(labels, examples, strict=True):
+            if example.get("repeated"):
+                row[:] = IGNORED
+        batch["labels"] = labels
+        return flattened(batch) if self.padding_free else batch
 
     def lengths(self, example: dict[str, Any]) -> Lengths:
         """
@@ -141,3 +149,55 @@ class Collator:
             rows = [example.get("row") for example in examples]
             raise ValueError(f"Rows {rows} cannot be turned into a batch: {error}") from error
         return dict(batch)
+
+
+def flattened(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """
+    Rows behind each other, without padding.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`): `input_ids`, `attention_mask` and `labels`, `(batch, length)`; and others.
+
+    Returns:
+        `dict`: `input_ids`, `labels` and `position_ids`, int64 `(1, tokens)`; positions start again in each row, none
+        of which is predicted from the one before. What TRL's own padding-free batches hold for the attention:
+        `cu_seq_lens_q` and `cu_seq_lens_k`, int32 `(rows + 1,)`, and `max_length_q` and `max_length_k`, `int`.
+    """
+    mask = batch.pop("attention_mask").bool()
+    lengths = mask.sum(dim=1)
+    starts = torch.nn.functional.pad(lengths.cumsum(dim=0), (1, 0)).int()
+    batch["labels"][:, 0] = IGNORED
+    flat = {key: batch.pop(key)[mask].unsqueeze(0) for key in ("input_ids", "labels")}
+    flat["position_ids"] = torch.cat([torch.arange(length) for length in lengths.tolist()]).unsqueeze(0)
+    longest = int(lengths.max())
+    bounds = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    return {**flat, **bounds, **batch}
+
+
+def row_numbers(batch: dict[str, Any]) -> torch.Tensor:
+    """Which row of the batch each of its positions belongs to: `(batch, length)`, or `(1, tokens)` of a flattened one."""
+    labels = batch["labels"]
+    if "cu_seq_lens_q" not in batch:
+        return torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)
+    lengths = batch["cu_seq_lens_q"].diff()
+    return torch.arange(len(lengths), device=labels.device).repeat_interleave(lengths).unsqueeze(0)
+
+
+def only_supervised(batch: dict[str, Any]) -> dict[str, Any]:
+    """
+    A batch of which the model gives only what is compared with a label: a few of thousands of positions.
+
+    Args:
+        batch (`dict`): Of [`Collator`].
+
+    Returns:
+        `dict`: The batch without `labels`; `shift_labels`, `(1, kept)`, the ids that are to be predicted; and
+        `kept_positions`, `(kept,)`, the positions in the flattened batch that they are predicted from. Where nothing is
+        supervised it is one position without a label, so that a loss of zero still has gradients.
+    """
+    others = {key: value for key, value in batch.items() if key != "labels"}
+    following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+    kept = torch.nonzero(following != IGNORED).flatten()
+    if not len(kept):
+        kept = kept.new_zeros(1)
+    return {**others, "shift_labels": following[kept].unsqueeze(0), "kept_positions": kept}

@@ -26,7 +26,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils import cached_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
+from sft_phi3v.phi3_v import SDPA_BY_ROW, Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.recipe import Recipe
 
 # Names as dotted paths from the root; a list replaces transformers' own default, so lm_head must be among them.
@@ -117,7 +117,7 @@ def load_model(
         folder or recipe.model.model_name_or_path,
         revision=None if folder else revision or recipe.model.model_revision,
         dtype=dtype if dtype in ("auto", None) else getattr(torch, dtype),
-        attn_implementation=recipe.model.attn_implementation,
+        attn_implementation=_attention(recipe),
         quantization_config=quantization_config(recipe) if quantised else None,
         # Left alone, transformers puts a quantised model on the GPU, whatever the trainer does.
         device_map={"": "cpu"} if recipe.training.use_cpu else None,
@@ -129,6 +129,11 @@ def load_model(
             f"{missing[0]!r}: they would start from random numbers. The download may be incomplete."
         )
     return model
+
+
+def _attention(recipe: Recipe) -> str | None:
+    given: str | None = recipe.model.attn_implementation
+    return SDPA_BY_ROW if recipe.padding_free and given in (None, "sdpa") else given
 
 
 def load_trained(recipe: Recipe, folder: Path, *, quantised: bool = True) -> PeftModel | Phi3VForCausalLM:

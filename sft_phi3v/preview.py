@@ -340,7 +340,8 @@ def _of_sizes(recipe: Recipe) -> Recipe:
 
 
 def _collator(recipe: Recipe) -> Collator:
-    return Collator(load_processor(recipe), recipe.training.max_length, recipe.training.pad_to_multiple_of)
+    training = recipe.training
+    return Collator(load_processor(recipe), training.max_length, training.pad_to_multiple_of, recipe.padding_free)
 
 
 def _fits(collator: Collator, example: dict[str, Any]) -> bool:

@@ -359,7 +359,6 @@ REFUSED: dict[str, str] = {
     "completion_only_loss": _MASK,
     "packing": _PACK,
     "eval_packing": _PACK,
-    "padding_free": _PACK,
     "dataset_text_field": _TEXT,
     "dataset_kwargs": _TEXT,
     "chat_template_path": _OWN,
@@ -433,6 +432,11 @@ class Recipe:
         if given is None or given.lower() not in ("true", "false", "auto"):
             return given
         return "auto" if given.lower() == "auto" else given.lower() == "true"
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether rows lie behind each other in a batch, without padding. TRL must not see it, who refuses pictures."""
+        return bool(self.settings.get("padding_free"))
 
     @property
     def data(self) -> str:
@@ -573,7 +577,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
 
     if set_environment:
         os.environ.update({name: str(value) for name, value in env.items()})
-    values = {key: value for key, value in settings.items() if key != "env"}
+    values = {key: value for key, value in settings.items() if key not in ("env", "padding_free")}
     values["datasets"] = list(settings.get("datasets", []))  # TRL makes objects of its mappings, in place
     if wants_bf16(values) and not is_torch_bf16_gpu_available():
         values["use_cpu"] = True  # SFTConfig would raise here, on every machine that only looks at the recipe

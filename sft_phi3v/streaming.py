@@ -391,18 +391,14 @@ class Passing:
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         """
         Args:
-            examples (`list`): Examples, or `None` for each. What only fills up the last batch says `repeated`.
+            examples (`list`): Examples, or `None` for each.
 
         Returns:
-            `dict`: The batch, in which nothing repeated is supervised; and `rows`, the examples' names.
+            `dict`: The batch; and `rows`, the examples' names.
         """
         if examples[0] is None:
             return {}
-        batch: dict[str, Any] = self.collator(examples)
-        for labels, example in zip(batch["labels"], examples, strict=True):
-            if example.get("repeated"):
-                labels[:] = IGNORED
-        return {**batch, "rows": [example["row"] for example in examples]}
+        return {**self.collator(examples), "rows": [example["row"] for example in examples]}
 
 
 class Resume(TrainerCallback):

@@ -63,7 +63,9 @@ class Meter(TrainerCallback):
         self._start = start
         self._waited += time.perf_counter() - start
         for batch in batches:  # summed where they are: reading the sums now would wait for the GPU
-            self._counts.append(torch.stack([batch["attention_mask"].sum(), (batch["labels"] != IGNORED).sum()]))
+            labels = batch["labels"]
+            tokens = batch.get("attention_mask", torch.ones_like(labels)).sum()  # without a mask nothing is padding
+            self._counts.append(torch.stack([tokens, (labels != IGNORED).sum()]))
             self._pictures += len(batch.get("image_sizes", ()))
 
     def take(self) -> dict[str, float]:

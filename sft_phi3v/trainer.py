@@ -29,7 +29,7 @@ from trl import SFTTrainer
 
 from sft_phi3v.card import render_card
 from sft_phi3v.checkpoints import ASIDE, check_room, checkpoints, damage, finish, write_whole
-from sft_phi3v.collator import IGNORED
+from sft_phi3v.collator import IGNORED, only_supervised, row_numbers
 from sft_phi3v.estimate import Shape
 from sft_phi3v.evaluation import Evaluation, public_recipe
 from sft_phi3v.fit import oom_message
@@ -123,7 +123,8 @@ class Trainer(SFTTrainer):
         real = 0 if isinstance(self.train_dataset, Stream) else len(self.train_dataset) % (size * processes)
         filled = real and processes > 1 and not self.args.dataloader_drop_last
         if filled and self.accelerator.gradient_state.end_of_dataloader:
-            batch_samples[-1]["labels"][max(real - size * self.accelerator.process_index, 0) :] = IGNORED
+            repeated = row_numbers(batch_samples[-1]) >= real - size * self.accelerator.process_index
+            batch_samples[-1]["labels"].masked_fill_(repeated, IGNORED)
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -131,13 +132,15 @@ class Trainer(SFTTrainer):
         self._losses.append(loss)
         return loss if self.recipe.task.nonfinite == "error" else loss.nan_to_num(0.0, 0.0, 0.0)
 
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # TRL reads the head's weight and does not call the head, for which FSDP would gather it: in a full fine-tuning
         # each process would then train its shard of the head on its own rows alone.
         head = self.model.get_output_embeddings()
         if isinstance(head, FSDPModule) and torch.is_grad_enabled():
             head.unshard()
-        return super().compute_loss(model, *args, **kwargs)
+        if self.label_smoother is None:  # which wants the logits of all positions
+            inputs = only_supervised(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def out_of_memory(self, error: RuntimeError) -> str:
         """What helps most, where memory was not enough."""
@@ -401,9 +404,12 @@ class Trainer(SFTTrainer):
             raise Interrupted
         inputs.pop("rows", None)
         inputs = self._prepare_inputs(inputs)
+        numbers, kept = row_numbers(inputs), only_supervised(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs, fused_lm_head=True)
-        rows = torch.stack([-outputs.log_probs, outputs.is_top1, outputs.label_mask]).double().sum(dim=2).T  # (rows, 3)
+            outputs = model(**kept, fused_lm_head=True)
+        found = torch.cat([-outputs.log_probs, outputs.is_top1, outputs.label_mask]).double().T  # (kept, 3)
+        rows = found.new_zeros(int(numbers.max()) + 1, 3)
+        rows.index_add_(0, numbers.flatten()[kept["kept_positions"]], found)
         # gather_for_metrics drops the rows that were repeated to fill the last batch of all processes.
         self._sums += self.accelerator.gather_for_metrics(rows.contiguous()).sum(dim=0)
         return rows[:, 0].sum() / rows[:, 2].sum().clamp(min=1), None, None

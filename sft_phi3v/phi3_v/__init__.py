@@ -14,6 +14,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from sft_phi3v.phi3_v.attention import SDPA_BY_ROW
 from sft_phi3v.phi3_v.configuration_phi3_v import Phi3VConfig
 from sft_phi3v.phi3_v.image_processing_phi3_v import Phi3VImageProcessor
 from sft_phi3v.phi3_v.modeling_phi3_v import Phi3VForCausalLM, Phi3VModel, Phi3VPreTrainedModel
@@ -27,6 +28,7 @@ AutoModelForCausalLM.register(Phi3VConfig, Phi3VForCausalLM)
 AutoModelForImageTextToText.register(Phi3VConfig, Phi3VForCausalLM)
 
 __all__ = [
+    "SDPA_BY_ROW",
     "Phi3VConfig",
     "Phi3VForCausalLM",
     "Phi3VImageProcessor",

@@ -22,8 +22,10 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.utils.generic import can_return_tuple
 
+from sft_phi3v.phi3_v.attention import SDPA_BY_ROW
 from sft_phi3v.phi3_v.configuration_phi3_v import Phi3VConfig
 from sft_phi3v.phi3_v.image_processing_phi3_v import CROP
 
@@ -36,7 +38,7 @@ class Phi3VPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings", "Phi3VProjector"]
+    _no_split_modules = ["Phi3DecoderLayer", "Phi3VLastLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings", "Phi3VProjector"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -97,6 +99,20 @@ class Phi3VProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(features.to(self.newline.dtype))))
 
 
+class Phi3VLastLayer(Phi3DecoderLayer):
+    """The decoder's last layer: behind its attention no position needs another, and only what is asked for is computed."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, *, kept_positions: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.resid_attn_dropout(attended)
+        if kept_positions is not None:
+            hidden_states = hidden_states.flatten(0, 1)[kept_positions].unsqueeze(0)
+        computed = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.resid_mlp_dropout(computed)
+
+
 class Phi3VModel(Phi3VPreTrainedModel):
     r"""
     Phi-3-Vision without its language modelling head.
@@ -112,6 +128,8 @@ class Phi3VModel(Phi3VPreTrainedModel):
         self.vision_tower = CLIPVisionModel(vision_config)
         self.multi_modal_projector = Phi3VProjector(config)
         self.language_model = Phi3Model(config)
+        self.language_model.layers[-1] = Phi3VLastLayer(config, config.num_hidden_layers - 1)
+        self.vision_batch_size: int | None = None  # crops that CLIP reads at a time; all of them where nothing is said
         # hidden_states[-2] is the output of all but the last layer; the last one is loaded and saved, never computed.
         layer_idx = (config.img_processor or {}).get("layer_idx", -2)
         self.vision_layers = range(vision_config.num_hidden_layers + 1)[layer_idx]
@@ -146,7 +164,8 @@ class Phi3VModel(Phi3VPreTrainedModel):
                 f"pixel_values hold {len(pixel_values)} crops, but image_sizes {sizes} call for {sum(counts)}: "
                 "they do not belong to the same pictures."
             )
-        merged = self._merge_patches(self._vision_features(pixel_values))
+        batches = pixel_values.split(self.vision_batch_size or len(pixel_values))
+        merged = torch.cat([self._merge_patches(self._vision_features(crops)) for crops in batches])
         return self.multi_modal_projector(self.multi_modal_projector.arrange(merged, sizes))
 
     def _vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -228,15 +247,25 @@ class Phi3VModel(Phi3VPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(crops, 3, 336, 336)`, *optional*):
                 Crops of all pictures of the batch, in the order in which they appear in `input_ids`.
             image_sizes (`torch.LongTensor` of shape `(pictures, 2)`, *optional*): Height and width, padded, in pixels.
+            kept_positions (`torch.LongTensor` of shape `(kept,)`, *optional*):
+                Positions in the flattened `(batch · length)` to give; the last layer computes no others.
+            cu_seq_lens_q (`torch.IntTensor` of shape `(rows + 1,)`, *optional*):
+                Where each row starts, and the end, for rows that lie behind each other in a batch of one. With
+                `position_ids` that start again in each row, and all else that flash attention wants.
 
         Returns:
-            `BaseModelOutputWithPast`: `last_hidden_state` of shape `(batch, length, hidden_size)`.
+            `BaseModelOutputWithPast`: `last_hidden_state` of shape `(batch, length, hidden_size)`, or
+            `(1, kept, hidden_size)`.
 
         Raises:
             ValueError: If pixels come without image tokens, or image tokens without pixels, or their numbers differ.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if "cu_seq_lens_q" in kwargs and self.language_model.config._attn_implementation == SDPA_BY_ROW:
+            kwargs["row_lengths"] = kwargs["cu_seq_lens_q"].diff().tolist()
+            # No attention looks at it. With four dimensions it is taken as it is; else one of length × length is made.
+            attention_mask = torch.zeros(1, 1, 1, 1, device=self.device)
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed_tokens(input_ids)
         if pixel_values is not None:
