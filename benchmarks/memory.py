@@ -19,6 +19,7 @@ from unittest import mock
 
 import bitsandbytes
 import torch
+from models import config_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -81,38 +82,6 @@ class Measured:
     kept: int
     loss: int  # at most, while the loss and its gradient are computed
     back: int  # at most, while layers are gone through backwards
-
-
-def config_of(
-    hidden: int, layers: int, heads: int, inner: int, clip_layers: int, clip_width: int = 1024
-) -> Phi3VConfig:
-    """A Phi-3-Vision of other sizes, with the vocabulary of the real one."""
-    return Phi3VConfig(
-        vocab_size=32064,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=131072,
-        original_max_position_embeddings=4096,
-        rope_scaling={
-            "type": "su",
-            "short_factor": [1.0] * (hidden // heads // 2),
-            "long_factor": [2.0] * (hidden // heads // 2),
-        },
-        img_processor={
-            "name": "clip_vision_model",
-            "image_dim_out": clip_width,
-            "num_img_tokens": 144,
-            "clip_config": {
-                "num_hidden_layers": clip_layers,
-                "hidden_size": clip_width,
-                "intermediate_size": 4 * clip_width,
-                "num_attention_heads": clip_width // 64,
-            },
-        },
-    )
 
 
 def build(case: Case) -> nn.Module:
