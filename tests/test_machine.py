@@ -145,7 +145,8 @@ def test_the_slurm_job_passes_the_signal_on_and_goes_back_into_the_queue(tmp_pat
     """SLURM's commands are stand-ins that write down what they were called with."""
     commands = {
         "scontrol": 'echo "scontrol $*" >> calls; echo node1',
-        "srun": 'echo "srun $TORCH_DISABLE_SHARE_RDZV_TCP_STORE $*" >> calls; trap "sleep 0.3; exit 143" TERM; echo $$ > pid; '
+        "srun": 'echo "srun $TORCH_DISABLE_SHARE_RDZV_TCP_STORE $*" >> calls; '
+        + 'trap "sleep 0.3; exit 143" TERM; echo $$ > pid; '
         + ("while true; do sleep 0.05; done" if preempted else "exit 3"),
     }
     for name, body in commands.items():
