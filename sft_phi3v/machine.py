@@ -50,6 +50,25 @@ def check_machine(recipe: Recipe) -> None:
         )
 
 
+def check_restarts() -> None:
+    """
+    Refuses processes that torchrun would start again and that might then never find each other. It keeps the store in
+    which they leave their addresses from one start to the next: whoever comes first waits for a process that is dead.
+    To be called before the processes meet, which also this refusal would end in, as it is started again as well.
+
+    Raises:
+        ValueError: If torchrun may restart several processes, with one store for all starts.
+    """
+    several, restarts = os.environ.get("WORLD_SIZE", "1") != "1", os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if several and restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            f"`--max_restarts {restarts}`: processes that are started again would look for each other at the addresses "
+            "of those that died. Give each start a store of its own, with `--rdzv_backend c10d` and, on every machine, "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of `accelerate launch` (or no --max_restarts: "
+            "the same command, typed again, goes on too)."
+        )
+
+
 def _check_launcher(recipe: Recipe) -> None:
     """Refuses what `accelerate launch` was told and the recipe does not go with."""
     state, launched = PartialState(), int(os.environ.get("WORLD_SIZE", "1"))

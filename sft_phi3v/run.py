@@ -5,6 +5,7 @@ accelerate launch sft_phi3v/run.py recipes/burberry.yaml [--key value …]
 
 import contextlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from sft_phi3v.data import to_examples
 from sft_phi3v.evaluation import Evaluation, identity, of_scored, trained_hashes
 from sft_phi3v.hub import check_before_training
 from sft_phi3v.interruption import EXIT_CODE, INTERRUPTION, Halted, Interrupted
-from sft_phi3v.machine import check_machine
+from sft_phi3v.machine import check_machine, check_restarts
 from sft_phi3v.model import base_commit, freeze_unused, landing_table, load_model, lora_config, on_device
 from sft_phi3v.phi3_v import Phi3VConfig
 from sft_phi3v.prepare import prepare as prepare_data
@@ -214,6 +215,10 @@ def _prepare_once(recipe: Recipe) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """`python -m sft_phi3v.run RECIPE [--key value …]`"""
+    try:
+        check_restarts()
+    except ValueError as error:  # of each machine, which may have been started in another way
+        raise SystemExit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1) from None
     with contextlib.ExitStack() as stack:
         stack.enter_context(INTERRUPTION.heeded())
         try:

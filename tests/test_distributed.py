@@ -222,14 +222,13 @@ def test_what_several_processes_trained_is_merged_and_proved(place, launch, sing
     assert (place / name / "merged" / "model.safetensors").is_file()
 
 
-@pytest.mark.slow  # of two runs one did not end in time, which is not understood yet
 def test_two_machines_find_each_other_and_a_lost_process_costs_steps_and_not_the_run(place, launch, single, table_row):
     whole, _ = single("QLoRA")
     name, start, port = "nodes", time.monotonic(), str(random.randrange(20_000, 30_000))
     flags = [*TWO, "--main_process_ip", "127.0.0.1", "--main_process_port", port]
     flags += ["--rdzv_backend", "c10d", "--max_restarts", "2"]
-    kill = {"KILL": "training_step:26", "KILL_RANK": "1"}
-    how = {"config": "multi_node", "environment": kill}
+    environment = {"KILL": "training_step:26", "KILL_RANK": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    how = {"config": "multi_node", "environment": environment}
     machines = [launch(name, *flags, "--machine_rank", "0", **how)]
     while not listening(int(port)):  # both are at one address here, and Accelerate wants it free at first
         assert machines[0].poll() is None, (place / f"{name}.log").read_text()
@@ -242,7 +241,9 @@ def test_two_machines_find_each_other_and_a_lost_process_costs_steps_and_not_the
     took = f"{time.monotonic() - start:.0f} s"
     table_row(TABLE, "QLoRA", "multi_node, a process killed", "1 + 1", *found, f"{worst:.1e}", took)
     assert worst < 1e-4
-    assert "resume: going on from" in (place / f"{name}.log").read_text()
+    log = (place / f"{name}.log").read_text()
+    assert log.count("resume: going on from") == 1
+    assert "connectFullMesh failed" not in log  # nobody looked for a process that was dead
 
 
 def listening(port):

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from sft_phi3v import machine
-from sft_phi3v.machine import check_machine
+from sft_phi3v import machine, run
+from sft_phi3v.machine import check_machine, check_restarts
 from sft_phi3v.recipe import Recipe, load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -83,6 +83,20 @@ def test_processes_that_do_not_know_each_other_are_refused(launched):
         check_machine(recipe)
 
 
+def test_processes_that_would_look_for_dead_ones_are_refused_before_they_meet(launched):
+    check_restarts()
+    launched(WORLD_SIZE="2", TORCHELASTIC_MAX_RESTARTS="0", TORCHELASTIC_USE_AGENT_STORE="True")
+    check_restarts()
+    launched(TORCHELASTIC_MAX_RESTARTS="3")
+    with pytest.raises(SystemExit, match=r"error: `--max_restarts 3`: .* TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        run.main(["a.yaml"])  # which is not even there
+    launched(LOCAL_RANK="1")  # says it once
+    with pytest.raises(SystemExit, match=r"^1$"):
+        run.main(["a.yaml"])
+    launched(TORCHELASTIC_USE_AGENT_STORE="False")
+    check_restarts()
+
+
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -131,7 +145,8 @@ def test_the_slurm_job_passes_the_signal_on_and_goes_back_into_the_queue(tmp_pat
     """SLURM's commands are stand-ins that write down what they were called with."""
     commands = {
         "scontrol": 'echo "scontrol $*" >> calls; echo node1',
-        "srun": 'echo "srun $*" >> calls; trap "sleep 0.3; exit 143" TERM; echo $$ > pid; '
+        "srun": 'echo "srun $TORCH_DISABLE_SHARE_RDZV_TCP_STORE $*" >> calls; '
+        + 'trap "sleep 0.3; exit 143" TERM; echo $$ > pid; '
         + ("while true; do sleep 0.05; done" if preempted else "exit 3"),
     }
     for name, body in commands.items():
@@ -147,6 +162,7 @@ def test_the_slurm_job_passes_the_signal_on_and_goes_back_into_the_queue(tmp_pat
         job.terminate()
     assert job.wait(20) == status
     called = Path("calls").read_text()
+    assert "srun 1 " in called
     assert "--num_machines 2 --num_processes 16 --main_process_ip node1 --rdzv_backend c10d" in called
     assert "sft_phi3v/run.py recipe.yaml --max_steps 5" in called
     assert ("scontrol requeue 17" in called) == preempted
