@@ -4,7 +4,9 @@ import itertools
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +16,12 @@ from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from sft_phi3v import preview, run, trainer
+from sft_phi3v import batches, preview, run, trainer
 from sft_phi3v.batches import Planned, plan_batches
 from sft_phi3v.collator import Lengths
 from sft_phi3v.estimate import Shape
+from sft_phi3v.fit import oom_message
+from sft_phi3v.model import load_config
 from sft_phi3v.recipe import load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -135,6 +139,14 @@ def test_padded_rows_make_as_few_batches_as_can_be():
         assert len(plan_batches(lengths, 2200, padded=True).starts) <= fewest[-1]
 
 
+def test_few_long_rows_are_put_together_until_they_fill_the_budget(monkeypatch):
+    lengths = DRAW.integers(1400, 2650, 2000)  # the largest six come to some 15,900, and no row is left for the rest
+    plan = plan_batches(lengths, 16384, padded=False)
+    assert plan.full > 0.975
+    monkeypatch.setattr(batches, "MANY", 0)
+    assert plan_batches(lengths, 16384, padded=False).full < 0.965
+
+
 def test_rows_that_are_not_padded_fill_batches_nearly():
     for name, least in (("catalogue", 0), ("short", 0), ("equal", 0), ("two kinds", 60), ("one is the budget", 2)):
         plan = plan_batches(ROWS[name], BUDGET, padded=False)
@@ -224,6 +236,19 @@ def test_accelerate_and_a_resumed_run_get_the_batches_of_their_epoch():
     assert list(skipping) == list(plan.batches(5, 4, 1))[3:]
 
 
+@pytest.mark.parametrize(("process", "last", "masked"), [(0, True, False), (1, True, True), (1, False, False)])
+def test_nothing_is_learned_from_what_only_fills_up_an_epoch(process, last, masked):
+    made = object.__new__(trainer.Trainer)
+    made.plan = plan_batches([1000, 1001, 1002], 1100, padded=True, processes=2)
+    assert made.plan.missing == 1
+    state = SimpleNamespace(end_of_dataloader=last)
+    made.accelerator = SimpleNamespace(gradient_state=state, process_index=process)
+    made.model_accepts_loss_kwargs, made.compute_loss_func = False, None
+    found = [{"labels": torch.zeros(1, 9), "rows": [number]} for number in range(2)]
+    made._get_num_items_in_batch(found, torch.device("cpu"))
+    assert [bool((batch["labels"] == -100).all()) for batch in found] == [False, masked]
+
+
 KEYS = {"max_tokens_per_batch": 1500, "per_device_train_batch_size": None, "gradient_accumulation_steps": 2}
 
 
@@ -248,6 +273,20 @@ def test_preview_says_the_plan_and_its_steps_are_those_of_the_trainer(write_reci
     assert f"steps:               {epoch:>6} per epoch of {rows} rows, {rows / epoch:.1f} rows per step on" in said
     report = preview.fit(recipe, prepared)
     assert report.startswith("memory, estimated for 4 rows of ")
+    assert f"an epoch of {epoch:,} steps: " in preview.fit(recipe_with(recipe, gpu="H100"), prepared)
+
+
+def test_where_memory_was_not_enough_a_smaller_budget_is_named(write_recipe):
+    recipe = load_recipe([write_recipe(**KEYS)])
+    shape = Shape(4, 355, 313, 2, 20, ((336, 336),))
+    said = oom_message(recipe, load_config(recipe), shape)
+    assert "max_tokens_per_batch: 750 with gradient_accumulation_steps: 4: " in said
+    assert "per_device" not in said
+    assert "max_tokens_per_batch" not in oom_message(recipe, load_config(recipe), replace(shape, rows=1))
+
+
+def recipe_with(recipe, **preview):
+    return replace(recipe, preview=replace(recipe.preview, **preview))
 
 
 class Planning:
@@ -268,7 +307,11 @@ def test_preview_names_rows_that_are_longer_than_a_batch(write_recipe):
 
 
 def test_a_run_that_is_cut_in_its_second_epoch_goes_on_to_the_same_bits(write_recipe, tmp_path, monkeypatch):
-    keys = KEYS | {"model_name_or_path": str(REPOSITORY / "recipes" / "tiny_base"), "max_tokens_per_batch": 4200}
+    keys = KEYS | {
+        "model_name_or_path": str(REPOSITORY / "recipes" / "tiny_base"),
+        "max_tokens_per_batch": 1500,
+        "held_out": 24,
+    }
     keys |= {"max_steps": 5, "save_steps": 3, "lora_dropout": 0.1, "logging_steps": 1, "eval_rows": 1}
     keys |= {"max_new_tokens": 1, "generation_rows": 0}
     seen = []
@@ -276,15 +319,16 @@ def test_a_run_that_is_cut_in_its_second_epoch_goes_on_to_the_same_bits(write_re
     monkeypatch.setattr(
         run.Trainer,
         "_get_num_items_in_batch",
-        lambda self, batches, device: seen.append([batch["rows"] for batch in batches])
-        or original(self, batches, device),
+        lambda self, batches, device: (
+            seen.append([batch["rows"] for batch in batches]) or original(self, batches, device)
+        ),
     )
     run.main([write_recipe(**keys, output_dir=str(tmp_path / "whole"))])
     whole = list(seen)
     # Three batches an epoch make two steps, of two batches and of one.
     assert [len(step) for step in whole] == [2, 1, 2, 1, 2]
     epochs = [sorted(row for step in whole[first : first + 2] for batch in step for row in batch) for first in (0, 2)]
-    assert epochs[0] == epochs[1] and len(set(epochs[0])) == len(epochs[0]) == 32
+    assert epochs[0] == epochs[1] and len(set(epochs[0])) == len(epochs[0]) == 12
     assert whole[0] != whole[2]
 
     class PowerCut(Exception):
