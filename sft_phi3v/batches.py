@@ -267,9 +267,10 @@ def _fullest(sizes: list[int], counts: list[int], budget: int) -> dict[Batch, in
         batch = tuple(kind for kind in sorted(used, reverse=True) for _ in range(used[kind]))
         times = min(left[kind] // rows for kind, rows in used.items())
         found[batch] = found.get(batch, 0) + times
-        left = {
-            kind: rest - times * used.get(kind, 0) for kind, rest in left.items() if rest > times * used.get(kind, 0)
-        }
+        for kind, rows in used.items():
+            left[kind] -= times * rows
+            if not left[kind]:
+                del left[kind]
     return found
 
 

@@ -307,11 +307,7 @@ def test_preview_names_rows_that_are_longer_than_a_batch(write_recipe):
 
 
 def test_a_run_that_is_cut_in_its_second_epoch_goes_on_to_the_same_bits(write_recipe, tmp_path, monkeypatch):
-    keys = KEYS | {
-        "model_name_or_path": str(REPOSITORY / "recipes" / "tiny_base"),
-        "max_tokens_per_batch": 1500,
-        "held_out": 24,
-    }
+    keys = KEYS | {"model_name_or_path": str(REPOSITORY / "recipes" / "tiny_base"), "held_out": 24}
     keys |= {"max_steps": 5, "save_steps": 3, "lora_dropout": 0.1, "logging_steps": 1, "eval_rows": 1}
     keys |= {"max_new_tokens": 1, "generation_rows": 0}
     seen = []
