@@ -382,6 +382,16 @@ def _check_rows_per_step(folder: Path, recipe: Recipe) -> None:
         return
     keys, recorded = read_yaml(str(saved)), json.loads(environment.read_text(encoding="utf-8"))
     processes = PartialState().num_processes
+    if recipe.task.max_tokens_per_batch is not None:
+        moved = {"gradient_accumulation_steps"} & {*changes(saved, recipe)}
+        moved |= {"the number of processes"} if recorded["processes"] != processes else set()
+        if moved:
+            raise ValueError(
+                f"`resume_from_checkpoint` with `max_tokens_per_batch`: batches are planned for "
+                f"{', '.join(sorted(moved))}, which changed. Put this back as it was, or start a new run in a fresh "
+                "folder (--output_dir ...)."
+            )
+        return
     before, now = recorded["processes"], processes
     for key in ROWS_PER_STEP:
         value = getattr(recipe.training, key)

@@ -19,6 +19,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from sft_phi3v.activations import Layer, Numerics, decoder_layer, vision_forward, vision_layer
+from sft_phi3v.batches import Plan
 from sft_phi3v.collator import Lengths
 from sft_phi3v.model import NEVER_QUANTISED, PARTS, freeze_unused
 from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM
@@ -74,16 +75,29 @@ class Shape:
     padded: bool = False
 
     @classmethod
-    def of(cls, lengths: Sequence[Lengths], recipe: Recipe, num_crops: int) -> "Shape":
+    def of(cls, lengths: Sequence[Lengths], recipe: Recipe, num_crops: int, plan: Plan | None = None) -> "Shape":
         """
         Args:
             lengths (sequence of [`Lengths`]): Of every row that may be trained on.
             recipe ([`Recipe`]): Its batch size, and `pad_to_multiple_of`.
             num_crops (`int`): Most local crops of a picture.
+            plan ([`~sft_phi3v.batches.Plan`], *optional*): Of these rows, where batches are planned.
 
         Returns:
-            [`Shape`]: The largest batch.
+            [`Shape`]: The largest batch; of planned ones the most that any has of each, shared out over its rows.
         """
+        if plan is not None:
+            rows, tokens = plan.worst()
+            fullest = max(lengths, key=lambda found: found.image_tokens)
+            return cls(
+                rows=rows,
+                tokens=tokens,
+                image_tokens=math.ceil(plan.most([found.image_tokens for found in lengths]) / rows),
+                crops=math.ceil(plan.most([_crops(found, num_crops) for found in lengths]) / rows),
+                supervised=math.ceil(plan.most([found.supervised for found in lengths]) / rows),
+                sizes=fullest.sizes,
+                padded=plan.padded and rows > 1 and len({found.tokens for found in lengths}) > 1,
+            )
         rows, multiple = recipe.training.per_device_train_batch_size, recipe.training.pad_to_multiple_of or 1
         longest = max(found.tokens for found in lengths)
         fullest = max(lengths, key=lambda found: found.image_tokens)
@@ -91,7 +105,7 @@ class Shape:
             rows=rows,
             tokens=-(-longest // multiple) * multiple,
             image_tokens=fullest.image_tokens,
-            crops=max(sum(math.prod(grid(size, num_crops)) + 1 for size in found.sizes) for found in lengths),
+            crops=max(_crops(found, num_crops) for found in lengths),
             supervised=max(found.supervised for found in lengths),
             sizes=fullest.sizes,
             padded=rows > 1 and len({found.tokens for found in lengths}) > 1,
@@ -100,7 +114,7 @@ class Shape:
     @classmethod
     def mean(cls, lengths: Sequence[Lengths], recipe: Recipe, num_crops: int) -> "Shape":
         """A batch whose rows are all as the mean row; arguments as [`Shape.of`]."""
-        crops = [sum(math.prod(grid(size, num_crops)) + 1 for size in found.sizes) for found in lengths]
+        crops = [_crops(found, num_crops) for found in lengths]
         columns = zip(*((found.tokens, found.image_tokens, found.supervised) for found in lengths), strict=True)
         tokens, image_tokens, supervised = (round(sum(column) / len(lengths)) for column in columns)
         rows = recipe.training.per_device_train_batch_size
@@ -129,6 +143,10 @@ def grid(size: tuple[int, int], num_crops: int) -> tuple[int, int]:
     return (columns, rows) if transposed else (rows, columns)
 
 
+def _crops(row: Lengths, num_crops: int) -> int:
+    return sum(math.prod(grid(size, num_crops)) + 1 for size in row.sizes)
+
+
 @dataclass(frozen=True)
 class Setting:
     """
@@ -149,6 +167,7 @@ class Setting:
         rows (`int`), accumulation (`int`): Rows per device and forward pass, and passes per step.
         processes (`int`): GPUs.
         sharded (`bool`): FSDP: weights, gradients and optimiser are shared out over them.
+        budget (`int`, *optional*): Most tokens of a batch, where batches are planned.
         cuda (`bool`): `False` describes a step on a CPU, which keeps wider dropout masks and scores every position.
     """
 
@@ -169,6 +188,7 @@ class Setting:
     processes: int = 1
     sharded: bool = False
     cuda: bool = True
+    budget: int | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, *, processes: int = 1) -> "Setting":
@@ -193,6 +213,7 @@ class Setting:
             processes=processes,
             sharded=bool(training.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP"),
             cuda=not recipe.settings.get("use_cpu"),  # load_recipe sets training's own where no GPU is seen
+            budget=recipe.task.max_tokens_per_batch,
         )
 
 

@@ -124,7 +124,14 @@ class Epoch:
 
 
 def epoch_of(
-    setting: Setting, flops: float, rows: int, gpu: GPU, *, efficiency: float, price: float | None = None
+    setting: Setting,
+    flops: float,
+    rows: int,
+    gpu: GPU,
+    *,
+    efficiency: float,
+    price: float | None = None,
+    batches: int | None = None,
 ) -> Epoch:
     """
     How long an epoch takes, and what it costs.
@@ -136,11 +143,13 @@ def epoch_of(
         gpu ([`GPU`]): What it runs on.
         efficiency (`float`): Share of the GPU's peak that is reached.
         price (`float`, *optional*): Dollars per hour and GPU; else the table's.
+        batches (`int`, *optional*): Of an epoch on all GPUs, where these are planned.
 
     Returns:
         [`Epoch`]: Of training alone: no evaluation, no start.
     """
-    steps = -(-rows // (setting.rows * setting.accumulation * setting.processes))
+    passes = setting.accumulation * setting.processes
+    steps = -(-rows // (setting.rows * passes)) if batches is None else -(-batches // passes)
     seconds = rows * flops / (gpu.tflops * 1e12 * efficiency * setting.processes)
     return Epoch(steps, seconds, seconds / 3600 * (gpu.price if price is None else price) * setting.processes)
 
@@ -205,7 +214,17 @@ def _changes(setting: Setting, config: Phi3VConfig, shape: Shape) -> list[Change
     made: list[Change] = []
     if not setting.checkpointing:
         made.append(("activation_checkpointing: true", lambda one: replace(one, checkpointing=True), same))
-    if setting.rows > 1:
+    if setting.budget is not None:
+        if shape.rows > 1:
+            rows, most = -(-shape.rows // 2), max(-(-setting.budget // 2), shape.tokens)
+            made.append(
+                (
+                    f"max_tokens_per_batch: {most} with gradient_accumulation_steps: {setting.accumulation * 2}",
+                    lambda one: replace(one, budget=most, accumulation=2 * one.accumulation),
+                    lambda batch: replace(batch, rows=rows, padded=rows > 1 and batch.padded),
+                )
+            )
+    elif setting.rows > 1:
         rows, passes = setting.rows // 2, setting.accumulation * 2
         made.append(
             (
@@ -215,7 +234,8 @@ def _changes(setting: Setting, config: Phi3VConfig, shape: Shape) -> list[Change
             )
         )
     for crops in (4, 1):
-        if shape.sizes and shape.with_crops(crops).tokens < shape.tokens:
+        # With a budget of tokens, shorter rows only make batches of more rows.
+        if setting.budget is None and shape.sizes and shape.with_crops(crops).tokens < shape.tokens:
             made.append((f"num_crops: {crops}", lambda one: one, partial(Shape.with_crops, num_crops=crops)))
             break
     if setting.lora and setting.bits is None:
@@ -289,6 +309,7 @@ def fit_report(
     gpu: str | None = None,
     price: float | None = None,
     processes: int = 1,
+    batches: int | None = None,
 ) -> str:
     """
     The estimate for people: part by part, against a GPU's memory, and what an epoch takes.
@@ -302,6 +323,7 @@ def fit_report(
         gpu (`str`, *optional*): A GPU of [`GPUS`]; else the one of this machine, or if there is none, all of them.
         price (`float`, *optional*): Dollars per hour and GPU; else the table's.
         processes (`int`, *optional*, defaults to `1`): GPUs.
+        batches (`int`, *optional*): Of an epoch on all GPUs, where these are planned.
 
     Returns:
         `str`: A table.
@@ -330,7 +352,7 @@ def fit_report(
     efficiency = recipe.preview.efficiency
     for one in names:
         known = GPUS[one]
-        epoch = epoch_of(setting, flops, rows, known, efficiency=efficiency, price=price)
+        epoch = epoch_of(setting, flops, rows, known, efficiency=efficiency, price=price, batches=batches)
         hourly = known.price if price is None else price
         note = "" if known.bf16 or not recipe.training.bf16 else "; no bfloat16: --bf16 false --fp16 true"
         mark = (

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from tqdm import tqdm
 
+from sft_phi3v.batches import Plan, plan_batches
 from sft_phi3v.checkpoints import check_output_dir
 from sft_phi3v.collator import IGNORED, Collator, Lengths
 from sft_phi3v.data import ROW, Pictures, Sized, check_rows, load_sizes, load_splits, sized_examples, to_examples
@@ -47,6 +48,7 @@ class Prepared:
             (`leakage`; `None` for a stream, which is not read through); `histograms` of tokens and picture sizes; the
             `supervised_share` of all tokens; and one `example` as the model reads it ([`runs_of`]).
         lengths (`list[Lengths]`): Of the rows to train on; of a stream, of its first rows.
+        plan ([`~sft_phi3v.batches.Plan`], *optional*): Of the batches, with `max_tokens_per_batch`.
     """
 
     collator: Collator
@@ -54,6 +56,7 @@ class Prepared:
     held_out: Dataset
     overview: dict[str, Any]
     lengths: list[Lengths]
+    plan: Plan | None = None
 
 
 def fitting(
@@ -146,13 +149,33 @@ def token_histogram(tokens: Sequence[int]) -> str:
     )
 
 
-def steps(rows: int, recipe: Recipe) -> tuple[int, int]:
+def planned(train: Dataset, lengths: Sequence[Lengths], recipe: Recipe) -> Plan | None:
+    """
+    The batches that these rows make for as many processes as there are, with `max_tokens_per_batch`.
+
+    Raises:
+        ValueError: If a row alone is longer.
+    """
+    if recipe.task.max_tokens_per_batch is None:
+        return None
+    return plan_batches(
+        [found.tokens for found in lengths],
+        recipe.task.max_tokens_per_batch,
+        padded=not getattr(recipe, "padding_free", False),
+        processes=PartialState().num_processes,
+        multiple=recipe.training.pad_to_multiple_of,
+        names=train[ROW][:],
+    )
+
+
+def steps(rows: int, recipe: Recipe, plan: Plan | None = None) -> tuple[int, int]:
     """
     How many optimiser steps a run takes, as [`~transformers.Trainer`] counts them.
 
     Args:
         rows (`int`): Rows to train on.
         recipe ([`Recipe`]): Its batch size, accumulation, epochs and `max_steps` are read.
+        plan ([`~sft_phi3v.batches.Plan`], *optional*): Of the batches, from [`planned`].
 
     Returns:
         `tuple[int, int]`: Steps of one epoch, and of the whole run.
@@ -163,6 +186,8 @@ def steps(rows: int, recipe: Recipe) -> tuple[int, int]:
     training = recipe.training
     per_batch = training.per_device_train_batch_size * PartialState().num_processes
     batches = rows // per_batch if training.dataloader_drop_last else math.ceil(rows / per_batch)
+    if plan is not None:
+        batches = plan.steps
     if not batches:
         raise ValueError(
             f"`dataloader_drop_last: true` leaves nothing to train on: {rows} rows make no batch of {per_batch}. "
@@ -172,15 +197,19 @@ def steps(rows: int, recipe: Recipe) -> tuple[int, int]:
     return epoch, training.max_steps if training.max_steps >= 0 else math.ceil(training.num_train_epochs * epoch)
 
 
-def steps_line(rows: int, recipe: Recipe) -> str:
-    """The steps of a run, and what they are made of."""
+def steps_line(rows: int, recipe: Recipe, plan: Plan | None = None) -> str:
+    """The steps of a run, and what they are made of; arguments as [`steps`]."""
     training, processes = recipe.training, PartialState().num_processes
     batch, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    epoch, total = steps(rows, recipe)
+    epoch, total = steps(rows, recipe, plan)
     epochs = f"{training.num_train_epochs:g} epoch{'s' if training.num_train_epochs != 1 else ''}"
+    each, size, planning = f"{batch * accumulated * processes:,} rows per step", f"{batch} × ", ""
+    if plan is not None:
+        each, size = f"{rows / epoch:,.1f} rows per step on average", "batches: "
+        planning = f"{'batches:':<20} {plan}\n"
     return (
-        f"{'steps:':<20} {epoch:>6,} per epoch of {rows:,} rows, {batch * accumulated * processes:,} rows per step "
-        f"({batch} × {accumulated} accumulated × {processes} process{'es' if processes > 1 else ''}); "
+        f"{planning}{'steps:':<20} {epoch:>6,} per epoch of {rows:,} rows, {each} "
+        f"({size}{accumulated} accumulated × {processes} process{'es' if processes > 1 else ''}); "
         f"{total:,} in all ({'max_steps' if training.max_steps >= 0 else epochs})"
     )
 
@@ -303,7 +332,8 @@ def prepare(recipe: Recipe, *, sizes: bool = False) -> Prepared:
     known = frozenset[bytes]().union(*(digests[row] for row in train[ROW][:]))
     seen = [row for row in held_out[ROW][:] if of_held_out[row] & known]
     total = len(train) if stream is None else len(stream)
-    print_once(f"\n{data_table(lengths, total, len(held_out))}\n{steps_line(total, recipe)}\n")
+    plan = planned(train, lengths, recipe)
+    print_once(f"\n{data_table(lengths, total, len(held_out))}\n{steps_line(total, recipe, plan)}\n")
     if histogram := token_histogram([found.tokens for found in lengths]):
         print_once(f"tokens per row, and how many rows have so many:\n{histogram}\n")
     if stream is None and seen:
@@ -319,7 +349,7 @@ def prepare(recipe: Recipe, *, sizes: bool = False) -> Prepared:
     print_once(f"row {overview['example']['row']} as the model reads it ({legend}):")
     print_once(f"{masked_example(runs, colour=colour)}\n")
     if stream is None:
-        return Prepared(collator, train, held_out, overview, lengths)
+        return Prepared(collator, train, held_out, overview, lengths, plan)
     if recipe.task.overlong == "drop" and collator.max_length is not None:
         stream.fits = partial(_fits, collator)
     return Prepared(collator, stream, held_out, overview, lengths)
@@ -381,8 +411,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def largest_batch(recipe: Recipe, prepared: Prepared) -> Shape:
-    """The largest batch that the rows can make."""
-    return Shape.of(prepared.lengths, recipe, prepared.collator.processor.image_processor.num_crops)
+    """The largest batch that the rows can make, or that is planned."""
+    num_crops = prepared.collator.processor.image_processor.num_crops
+    return Shape.of(prepared.lengths, recipe, num_crops, prepared.plan)
 
 
 def fit(recipe: Recipe, prepared: Prepared) -> str:
@@ -397,6 +428,7 @@ def fit(recipe: Recipe, prepared: Prepared) -> str:
             gpu=recipe.preview.gpu,
             price=recipe.preview.gpu_price,
             processes=recipe.preview.gpus or PartialState().num_processes,
+            batches=None if prepared.plan is None else prepared.plan.steps * prepared.plan.processes,
         )
     except ValueError as error:
         return f"memory: not estimated: {error}"

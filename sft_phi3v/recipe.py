@@ -90,6 +90,13 @@ class TaskArguments:
     )
     max_new_tokens: int = field(default=64, metadata={"help": "Most tokens generated for one completion."})
     generation_batch_size: int = field(default=8, metadata={"help": "Rows per device generated for at once."})
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of a batch on one device, its padding among them: batches are planned from the rows' "
+            "lengths, in place of `per_device_train_batch_size` rows each."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.held_out <= 0 or (self.held_out > 1 and self.held_out != int(self.held_out)):
@@ -101,7 +108,7 @@ class TaskArguments:
             raise ValueError("`adapt` is empty: name a part, or set `use_peft: false` to train every weight.")
         if self.generation_rows < 0:
             raise ValueError(f"`generation_rows` is {self.generation_rows}, expected 0 or more.")
-        for key in ("num_crops", "eval_rows", "max_new_tokens", "generation_batch_size"):
+        for key in ("num_crops", "eval_rows", "max_new_tokens", "generation_batch_size", "max_tokens_per_batch"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"`{key}` is {value}, expected 1 or more.")
@@ -327,7 +334,7 @@ RENAMED: dict[str, str] = {
     "`accelerate launch --config_file`",
     "gradient_checkpointing": "write `activation_checkpointing`",
     "gradient_checkpointing_kwargs": "write `activation_checkpointing_kwargs`",
-    "group_by_length": "remove it: a row's length is known only once it is read",
+    "group_by_length": "write `max_tokens_per_batch`, which plans batches by length",
     "half_precision_backend": "remove it: there is one backend",
     "include_inputs_for_metrics": "write `include_for_metrics`",
     "logging_dir": "remove it: trackers choose their own folder",
@@ -374,6 +381,9 @@ REFUSED: dict[str, str] = {
     "truncation_mode": "a row is never cut: see `max_length` and `overlong`",
     "trust_remote_code": "the model is native here and runs no code from the Hub",
 }
+
+# Either says what makes a batch. The command line's stands in for the file's; both in one place are refused.
+_BATCH = ("max_tokens_per_batch", "per_device_train_batch_size")
 
 _PATHS = ("model_name_or_path", "dataset_name", "path", "source", "resume_from_checkpoint")
 _REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
@@ -566,6 +576,9 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
                 settings[key] = _checked(key, value, known, typed=source is not path)
             except ValueError as error:
                 problems.append(f"{source}: {error}")
+    for key, other in (_BATCH, _BATCH[::-1]):
+        if key in overrides and settings.get(key) is not None and other not in overrides:
+            settings.pop(other, None)
     if not problems:
         missing = [
             key for key in _REQUIRED if not settings.get(key) and not (key == "dataset_name" and "datasets" in settings)
@@ -865,7 +878,7 @@ def _conflicts(settings: dict[str, Any], known: Mapping[str, Any]) -> Iterator[s
     if "adapt" in settings and not settings.get("use_peft"):
         yield "`adapt` without `use_peft: true`: nothing would be adapted, every weight would be trained."
     if settings.get("train_sampling_strategy") == "group_by_length":
-        reason = "a row's length is known only once it is read"
+        reason = "it would read every row for its length. `max_tokens_per_batch` plans batches by length"
         yield f"`train_sampling_strategy: group_by_length` is refused: {reason}. Remove it."
     for key in ("prompt", "answer"):
         if markup := MARKUP.search(settings.get(key) or ""):
@@ -884,6 +897,21 @@ def _conflicts(settings: dict[str, Any], known: Mapping[str, Any]) -> Iterator[s
             yield "`train_sampling_strategy: batch_rebalance` needs every row's length: remove `dataset_streaming`."
         if settings.get("auto_find_batch_size"):
             yield "`auto_find_batch_size` with `dataset_streaming: true`: rows are shared out by the batch. Remove it."
+    if settings.get("max_tokens_per_batch") is not None:
+        if settings.get("per_device_train_batch_size") is not None:
+            yield f"`{_BATCH[0]}` and `{_BATCH[1]}` are both given: either decides how many rows a batch has. Keep one."
+        for key, reason in {
+            "dataset_streaming": "batches are planned from the lengths of all rows, which a stream does not know",
+            "auto_find_batch_size": "it would look for a number of rows",
+            "dataloader_drop_last": "no planned batch is left unfinished, each is as full as rows allow",
+        }.items():
+            if settings.get(key):
+                yield f"`{key}: true` with `max_tokens_per_batch`: {reason}. Remove one of them."
+        if settings.get("train_sampling_strategy", "random") != "random":
+            yield (
+                f"`train_sampling_strategy: {settings['train_sampling_strategy']}` with `max_tokens_per_batch`: the "
+                "plan decides which rows are together, and chance in which order they come. Remove one of them."
+            )
     if settings.get("hub_strategy") in ("checkpoint", "all_checkpoints"):
         yield (
             f"`hub_strategy: {settings['hub_strategy']}` is refused: it would publish pickled optimiser states, with "

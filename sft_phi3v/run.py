@@ -74,7 +74,7 @@ def set_up(recipe: Recipe) -> tuple[Trainer, Evaluation, Path | None]:
         peft_config=lora_config(recipe, model),
         callbacks=[Resume()],
     )
-    trainer.watch(recipe, evaluation, tracking, largest_batch(recipe, prepared))
+    trainer.watch(recipe, evaluation, tracking, largest_batch(recipe, prepared), prepared.plan)
     if recipe.training.save_strategy != "no":
         check_room(evaluation.folder, trainer.checkpoint_size(), "a checkpoint")
     if recipe.training.push_to_hub and trainer.is_world_process_zero():

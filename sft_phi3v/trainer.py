@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from huggingface_hub import CommitOperationAdd, HfApi
 from peft import PeftModel
@@ -23,10 +24,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, rotate_checkpoints, seed_worker
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
 
+from sft_phi3v.batches import Plan, Planned
 from sft_phi3v.card import render_card
 from sft_phi3v.checkpoints import ASIDE, check_room, checkpoints, damage, finish, write_whole
 from sft_phi3v.collator import IGNORED, only_supervised, row_numbers
@@ -60,13 +62,17 @@ class Trainer(SFTTrainer):
     tracking: Tracking
     meter: Meter
 
-    def watch(self, recipe: Recipe, evaluation: Evaluation, tracking: Tracking, shape: Shape) -> None:
+    plan: Plan | None = None
+
+    def watch(
+        self, recipe: Recipe, evaluation: Evaluation, tracking: Tracking, shape: Shape, plan: Plan | None = None
+    ) -> None:
         """
-        Takes our trackers in the place of transformers', the rows to answer at each evaluation, and the largest batch
-        that there can be.
+        Takes our trackers in the place of transformers', the rows to answer at each evaluation, the largest batch that
+        there can be, and the plan of the batches if there is one.
         """
         self.recipe, self.evaluation, self.tracking, self.meter = recipe, evaluation, tracking, Meter()
-        self.shape = shape
+        self.shape, self.plan = shape, plan
         self._rows: list[list[Any]] = []  # names of the rows in the step's batches,
         self._losses: list[torch.Tensor] = []  # and the losses on them
         self._skipped = 0  # steps in a row that `nonfinite: skip` has left out
@@ -90,7 +96,39 @@ class Trainer(SFTTrainer):
         return output
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        return _undisturbed(super().get_train_dataloader())
+        return _undisturbed(super().get_train_dataloader() if self.plan is None else self._planned(self.plan))
+
+    def _planned(self, plan: Plan) -> DataLoader[Any]:
+        """As transformers', with the planned batches of this process."""
+        args, process = self.args, self.accelerator.process_index
+        seed = args.seed if args.data_seed is None else args.data_seed
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=Planned(plan, seed=seed, process=process),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=process),
+        )
+        # Not `accelerator.prepare`: what it wraps around the sampler hides `set_epoch` from a run that is resumed.
+        return prepare_data_loader(
+            loader,
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=self.accelerator.device_placement,
+            rng_types=self.accelerator.rng_types.copy(),
+            non_blocking=self.accelerator.non_blocking,
+        )
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        if self.plan is None:
+            return int(super().get_total_train_batch_size(args))
+        return round(args.gradient_accumulation_steps * self.plan.rows / self.plan.steps)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
         return _undisturbed(super().get_eval_dataloader(*args, **kwargs))
@@ -117,6 +155,11 @@ class Trainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         self._rows, self._losses = [batch.pop("rows", []) for batch in batch_samples], []
+        if self.plan is not None:
+            last = self.accelerator.gradient_state.end_of_dataloader
+            if last and self.accelerator.process_index >= self.plan.processes - self.plan.missing:
+                batch_samples[-1]["labels"][:] = IGNORED
+            return super()._get_num_items_in_batch(batch_samples, device)
         # Where the rows of an epoch do not divide, Accelerate fills up its last batches with the first rows again: one
         # process alone would not learn from these.
         size, processes = self._train_batch_size, self.accelerator.num_processes

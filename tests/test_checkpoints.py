@@ -245,6 +245,23 @@ def test_a_step_must_stay_of_as_many_rows():
         resumed_from(load(f"{spread}dataset_streaming: true\n"))
 
 
+def test_planned_batches_must_stay_as_they_were():
+    planned = "max_tokens_per_batch: 9000\ngradient_accumulation_steps: 2\n"
+    load(planned).save("out")
+    checkpoint(5)
+    environment()
+    assert resumed_from(load(planned)) == Path("out/checkpoint-5")
+    with pytest.raises(ValueError, match="max_tokens_per_batch: 9000 → 8000"):
+        resumed_from(load(planned.replace("9000", "8000")))
+    with pytest.raises(ValueError, match="batches are planned for gradient_accumulation_steps, which changed"):
+        resumed_from(load(planned.replace("steps: 2", "steps: 4")))
+    environment(processes=2)
+    with pytest.raises(ValueError, match="batches are planned for the number of processes, which changed"):
+        resumed_from(load(planned))
+    with pytest.raises(ValueError, match="max_tokens_per_batch: 9000 → null"):
+        resumed_from(load("gradient_accumulation_steps: 2\n"))
+
+
 def test_two_runs_in_one_folder_are_refused():
     def hold(ready, leave):
         with claimed(Path("out")):

@@ -338,6 +338,29 @@ def test_several_processes_and_streams_do_so_too(place, launch, left_alone, tabl
     assert worst == 0
 
 
+def test_planned_batches_are_of_all_rows_once_and_a_killed_run_goes_on_with_them(place, launch, table_row):
+    how = CUT | {"config": "ddp", "per_device_train_batch_size": None, "max_tokens_per_batch": 1000}
+    how |= {"gradient_accumulation_steps": 1, "max_steps": 8, "eval_steps": 8}
+    finished(launch("whole-planned", *TWO, **how), place, "whole-planned")
+    planned = re.search(r"batches: +(\d+) planned of at most 1,000", (place / "whole-planned.log").read_text())
+    batches = int(planned[1])
+    steps = rows_of(place / "whole-planned")
+    epoch = batches // 2
+    assert batches % 2 == 0 and epoch < 6 and len(steps) == 8  # the second epoch is under way at the kill
+    first = Counter(row for step in steps[:epoch] for row in step)
+    assert set(first.values()) == {1} and len(first) == 22 - HELD_OUT
+    assert steps[epoch:] != steps[: 8 - epoch]
+    moment = "training_step:8"  # after the checkpoint of step 6
+    process = launch("cut-planned", *TWO, **how, environment={"KILL": moment})
+    assert process.wait(200) != 0
+    finished(launch("cut-planned", *TWO, **how), place, "cut-planned")
+    assert "resume: going on from" in (place / "cut-planned.log").read_text()
+    worst = difference(weights(place / "whole-planned"), weights(place / "cut-planned"))
+    table_row(KILLS, "two processes, planned batches", moment, "checkpoint-6", worst)
+    assert rows_of(place / "cut-planned") == steps
+    assert worst == 0
+
+
 @pytest.mark.parametrize("attempt", range(3))
 def test_kills_at_random_moments(place, launch, left_alone, table_row, attempt):
     whole = left_alone("single", **CUT)

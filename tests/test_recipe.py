@@ -76,7 +76,7 @@ def test_our_own_keys_are_these():
     ours = [field.name for field in dataclasses.fields(TaskArguments)]
     assert ours == [
         *("prompt", "answer", "image_column", "num_crops", "held_out", "overlong", "nonfinite", "adapt"),
-        *("eval_rows", "generation_rows", "max_new_tokens", "generation_batch_size"),
+        *("eval_rows", "generation_rows", "max_new_tokens", "generation_batch_size", "max_tokens_per_batch"),
     ]
     of_preview = [field.name for field in dataclasses.fields(PreviewArguments)]
     assert of_preview == ["sizes", "gpu", "gpus", "gpu_price", "efficiency"]
@@ -103,7 +103,7 @@ def test_the_lists_of_keys_match_the_installed_libraries():
     assert set(RENAMED) & TRL_KEYS == deprecated, "these keys exist (again)"
     assert set(REFUSED) <= TRL_KEYS and set(DEFAULTS) <= TRL_KEYS
     named = {word.split(":")[0] for advice in RENAMED.values() for word in advice.split("`")[1::2]}
-    unknown = named - TRL_KEYS - {"adapt", "min_num_params", "transformer_layer_cls_to_wrap"}
+    unknown = named - TRL_KEYS - {"adapt", "max_tokens_per_batch", "min_num_params", "transformer_layer_cls_to_wrap"}
     assert {word for word in unknown if " " not in word} == set(), "advice names a key that does not exist"
 
 
@@ -210,8 +210,20 @@ def test_what_a_file_may_say(line, key, value):
         ("dtype: float16", "`dtype: float16` without `use_peft: true`"),
         ("dtype: auto", "`dtype: auto` without `use_peft: true`"),
         ("adapt: projector", "`adapt` without `use_peft: true`"),
-        ("group_by_length: true", "`group_by_length: True` is a key of older releases: remove it: a row's length"),
-        ("train_sampling_strategy: group_by_length", "is refused: a row's length is known only once it is read"),
+        ("group_by_length: true", "is a key of older releases: write `max_tokens_per_batch`, which plans batches"),
+        ("train_sampling_strategy: group_by_length", "is refused: it would read every row for its length."),
+        ("max_tokens_per_batch: 0", "`max_tokens_per_batch` is 0, expected 1 or more."),
+        (
+            "max_tokens_per_batch: 9\nper_device_train_batch_size: 2",
+            "a.yaml: `max_tokens_per_batch` and `per_device_train_batch_size` are both given: either decides how many",
+        ),
+        ("max_tokens_per_batch: 9\ndataset_streaming: true", "which a stream does not know. Remove one of them."),
+        ("max_tokens_per_batch: 9\nauto_find_batch_size: true", "it would look for a number of rows. Remove one"),
+        ("max_tokens_per_batch: 9\ndataloader_drop_last: true", "no planned batch is left unfinished"),
+        (
+            "max_tokens_per_batch: 9\ntrain_sampling_strategy: sequential",
+            "`train_sampling_strategy: sequential` with `max_tokens_per_batch`: the plan decides which rows are",
+        ),
         ("prompt: <|image_1|> What?", "`prompt` holds <|image_1|>: the picture and the turns are added for you."),
         ("answer: '{title}<|end|>'", "`answer` holds <|end|>: the picture and the turns are added for you."),
         ("report_to: null", "Write none"),
@@ -238,6 +250,17 @@ def test_a_mixture_names_its_data_sets():
     assert load("", "--datasets", "[{path: a}]", base=base).mixture.datasets[0].path == "a"
     for key in ("dataset_config", "dataset_train_split", "source"):
         assert f"`datasets` and `{key}` are both given" in refused(text + f"{key}: x\n", base=base)
+
+
+def test_the_command_line_says_what_makes_a_batch_whatever_the_file_says():
+    recipe = load("per_device_train_batch_size: 2\n", "--max_tokens_per_batch", "9000")
+    assert (recipe.task.max_tokens_per_batch, recipe.settings.get("per_device_train_batch_size")) == (9000, None)
+    assert load_recipe([str(recipe.save("out"))]) == recipe
+    recipe = load("max_tokens_per_batch: 9000\n", "--per_device_train_batch_size", "2")
+    assert (recipe.task.max_tokens_per_batch, recipe.training.per_device_train_batch_size) == (None, 2)
+    recipe = load("per_device_train_batch_size: 2\n", "--max_tokens_per_batch", "null")
+    assert recipe.training.per_device_train_batch_size == 2
+    assert "are both given" in refused("", "--max_tokens_per_batch", "9", "--per_device_train_batch_size", "2")
 
 
 def test_several_mistakes_are_told_at_once():
