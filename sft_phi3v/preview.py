@@ -161,7 +161,7 @@ def planned(train: Dataset, lengths: Sequence[Lengths], recipe: Recipe) -> Plan 
     return plan_batches(
         [found.tokens for found in lengths],
         recipe.task.max_tokens_per_batch,
-        padded=not getattr(recipe, "padding_free", False),
+        padded=not recipe.padding_free,
         processes=PartialState().num_processes,
         multiple=recipe.training.pad_to_multiple_of,
         names=train[ROW][:],
