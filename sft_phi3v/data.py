@@ -594,7 +594,8 @@ def open_picture(picture: dict[str, Any]) -> PIL.Image.Image:
         with _file(picture) as file:
             image = PIL.Image.open(io.BytesIO(file.read()))
         # As `datasets` does: cameras store how they were held, and the model should not see a coat lying down.
-        return PIL.ImageOps.exif_transpose(image) if "exif" in image.info else image
+        lying = "exif" in image.info and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
+        return PIL.ImageOps.exif_transpose(image) if lying else image  # which would decode and copy any picture
     except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"the picture{_named(picture)} cannot be read: {error}") from error
 

@@ -6,6 +6,11 @@ or by `max_new_tokens`. The same rows are scored with each other's pictures (a m
 and against the majority and the median of the training rows (a model must beat what needs no model).
 """
 
+from sft_phi3v.usage import check_recipe
+
+if __name__ == "__main__":
+    check_recipe()  # before torch is imported
+
 import contextlib
 import hashlib
 import json

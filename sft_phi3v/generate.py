@@ -7,6 +7,11 @@ python -m sft_phi3v.generate --model me/my-model pictures/ --output answers.json
 says what to ask, and reads the answer's fields back.
 """
 
+from sft_phi3v.usage import generate_options
+
+if __name__ == "__main__":
+    generate_options()  # before torch is imported
+
 import contextlib
 import json
 import os
@@ -273,36 +278,10 @@ def _output(path: Path | None) -> Iterator[IO[str]]:
     os.replace(aside, path)
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m sft_phi3v.generate",
-        description="Asks a trained model about pictures.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="pictures, folders of pictures, .jsonl files")
-    parser.add_argument("--model", required=True, help="an adapter's or merged folder, or a Hub id")
-    parser.add_argument("--base_model", help="where an adapter's base model lies, if it has moved")
-    parser.add_argument("--prompt", help="what to ask (default: the recipe's `prompt`)")
-    parser.add_argument("--output", metavar="FILE", help="write there; .jsonl: with fields (default: the terminal)")
-    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer (default: the recipe's)")
-    parser.add_argument("--batch_size", type=int, metavar="N", help="prompts at once (default: the recipe's)")
-    parser.add_argument("--num_crops", type=int, metavar="N", help="most crops per picture (default: as trained)")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m sft_phi3v.generate --model MODEL INPUT …`"""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    for name in ("max_new_tokens", "batch_size", "num_crops"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} is {value}, expected 1 or more.")
+    options = generate_options(argv)
     output = Path(options.output) if options.output else None
-    if missing := [given for given in options.inputs if not Path(given).expanduser().exists()]:
-        parser.error(
-            f"{missing[0]}: there is no such file. Expected a picture, a folder of pictures, or a .jsonl file."
-        )
     try:
         loaded = load(options.model, base_model=options.base_model, num_crops=options.num_crops)
         asked = list(prompts(options.inputs, options.prompt or loaded.task.prompt))
@@ -324,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        Parser().error(str(error))
     if failed:
         raise SystemExit(f"error: {failed} of {len(asked)} inputs could not be read; the answers say which and why.")
 

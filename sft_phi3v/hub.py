@@ -6,6 +6,11 @@ machine. Weights are stored on the Hub first, where nobody sees them; then one c
 So whatever fails in between publishes nothing, and typing the command again sends only what is not there yet.
 """
 
+from sft_phi3v.usage import check_recipe
+
+if __name__ == "__main__":
+    check_recipe()  # before torch is imported
+
 import hashlib
 import io
 import json

@@ -7,6 +7,11 @@ Into the published weights, which it has never met (`--merge_base original`), it
 the live adapter on held-out rows; and only then gets its name.
 """
 
+from sft_phi3v.usage import check_recipe
+
+if __name__ == "__main__":
+    check_recipe()  # before torch is imported
+
 import copy
 import gc
 import json

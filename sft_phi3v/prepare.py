@@ -11,6 +11,11 @@ and a later one fetches only what is new or failed. The data set itself appears 
 Nothing in it depends on which process was faster: equal sources and recipes give equal files.
 """
 
+from sft_phi3v.usage import check_recipe
+
+if __name__ == "__main__":
+    check_recipe()  # before torch is imported
+
 import hashlib
 import json
 import re

@@ -4,6 +4,11 @@
 it says what; with `--sizes TABLE` it counts from the sizes of pictures that are not here.
 """
 
+from sft_phi3v.usage import check_recipe
+
+if __name__ == "__main__":
+    check_recipe()  # before torch is imported
+
 import gc
 import math
 import os

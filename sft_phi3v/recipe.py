@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shlex
+import sys
 import types
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -548,11 +549,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
         ValueError: Names every key that is unknown, renamed, mistyped or written twice, and what to write instead.
         SystemExit: After `--help`.
     """
-    if not argv or "--help" in argv or "-h" in argv:
-        print(help_text())
-        raise SystemExit(0 if argv else 2)
-    path, overrides = _split_argv(argv)
-    written = read_yaml(path)
+    path, overrides, written = read_given(argv)
 
     from transformers.utils import is_torch_bf16_gpu_available
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
@@ -608,6 +605,28 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
     prepare, preview, scoring, publish = others
     own = (task, prepare, preview, scoring, publish)
     return Recipe(script, model, training, *own, mixture, settings, path, shlex.join(argv))
+
+
+def read_given(argv: list[str] | None = None) -> tuple[str, dict[str, list[str]], dict[str, Any]]:
+    """
+    What a command line names, as it is written; neither keys nor values are checked.
+
+    Args:
+        argv (`list[str]`, *optional*): As for [`load_recipe`]; `sys.argv[1:]` by default.
+
+    Returns:
+        `tuple[str, dict[str, list[str]], dict[str, Any]]`: Path of the recipe, the words of each override, the file.
+
+    Raises:
+        ValueError: If there is no such file, or it cannot be read.
+        SystemExit: After `--help`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or "--help" in argv or "-h" in argv:
+        print(help_text())
+        raise SystemExit(0 if argv else 2)
+    path, overrides = _split_argv(argv)
+    return path, overrides, read_yaml(path)
 
 
 def differences(saved: Path, recipe: Recipe) -> list[str]:

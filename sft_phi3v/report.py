@@ -5,6 +5,11 @@
 left out, with a sentence. The same files give the same page, byte for byte.
 """
 
+from sft_phi3v.usage import check_recipe
+
+if __name__ == "__main__":
+    check_recipe()  # before torch is imported
+
 import json
 import math
 import sys

@@ -3,6 +3,11 @@
 accelerate launch sft_phi3v/run.py recipes/burberry.yaml [--key value …]
 """
 
+from sft_phi3v.usage import check_recipe
+
+if __name__ == "__main__":
+    check_recipe()  # before torch is imported
+
 import contextlib
 import json
 import os

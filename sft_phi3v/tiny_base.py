@@ -13,6 +13,12 @@ code beside a picture, or the format of the recipe's answer: that is what the de
 """
 
 import argparse
+
+if __name__ == "__main__":  # before torch is imported
+    parser = argparse.ArgumentParser(description="Train the tiny base model of the demo, from nothing, on a CPU.")
+    parser.add_argument("--output_dir", default="recipes/tiny_base", help="default: %(default)s")
+    options = parser.parse_args()
+
 import json
 import random
 import re
@@ -464,11 +470,8 @@ Share of captions of fresh pictures that name each fact ("together": kind, colou
     )
 
 
-def main() -> None:
+def main(folder: Path) -> None:
     """`python -m sft_phi3v.tiny_base --output_dir recipes/tiny_base`"""
-    parser = argparse.ArgumentParser(description="Train the tiny base model of the demo, from nothing, on a CPU.")
-    parser.add_argument("--output_dir", default="recipes/tiny_base", help="default: %(default)s")
-    folder = Path(parser.parse_args().output_dir)
     start = time.monotonic()
     torch.manual_seed(0)
     rng = random.Random("tiny base")
@@ -488,4 +491,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(options.output_dir))

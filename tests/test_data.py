@@ -12,7 +12,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Pillow
 
-from sft_phi3v.data import ROW, Template, check_rows, load_splits, number, to_examples
+from sft_phi3v.data import ROW, Template, check_rows, load_splits, number, open_picture, to_examples
 from sft_phi3v.recipe import Recipe, load_recipe
 
 
@@ -517,3 +517,15 @@ def test_pictures_are_opened_upright_and_not_decoded():
     assert examples[1]["images"][0].size == (40, 20)  # a picture cut short has a size; only its pixels are missing
     with pytest.raises(OSError):
         examples[1]["images"][0].load()
+
+
+def test_of_an_upright_picture_from_a_camera_no_pixel_is_decoded_to_know_its_size():
+    exif = Pillow.Exif()
+    exif[0x0112] = 1  # upright
+    file = io.BytesIO()
+    Pillow.effect_noise((200, 100), 50).save(file, "JPEG", exif=exif)
+    half = file.getvalue()[: file.tell() // 2]
+    image = open_picture({"bytes": half, "path": None})
+    assert image.size == (200, 100)
+    with pytest.raises(OSError):
+        image.load()

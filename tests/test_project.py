@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,7 +28,7 @@ RECIPES = sorted(path.name for path in (REPOSITORY / "recipes").glob("*.yaml"))
 LAYERS = [
     ["phi3_v"],
     ["recipe", "activations", "catalogue", "charts", "fetch", "splitting", "vllm_plugin"],
-    ["data", "collator", "model", "pictures", "samples", "engine", "checkpoints", "machine", "interruption"],
+    ["usage", "data", "collator", "model", "pictures", "samples", "engine", "checkpoints", "machine", "interruption"],
     ["streaming", "checking", "batches"],
     ["estimate"],
     ["deciding", "fit"],
@@ -40,6 +41,8 @@ LAYERS = [
     ["run"],
     ["demo", "tiny_base"],
 ]
+
+VERBS = sorted(path.stem for path in PACKAGE.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
 
 
 def module_of(path):
@@ -75,6 +78,34 @@ def test_no_module_shadows_a_library_when_the_package_folder_is_first_on_the_pat
     # `accelerate launch sft_phi3v/run.py` puts the package folder itself there.
     taken = {"datasets", "evaluate", "inspect", "types", "logging", "tokenize", "wandb", "utils", "accelerate", "peft"}
     assert not taken & {path.stem for path in PACKAGE.iterdir()}
+
+
+def told(*words):
+    """Runs Python with these words; gives its exit status, what it prints, and the libraries that it imported."""
+    command = [sys.executable, "-X", "importtime", *words]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120)
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in ended.stderr.splitlines() if "|" in line}
+    said = [line for line in ended.stderr.splitlines() if not line.startswith("import time:")]
+    return ended.returncode, "\n".join([ended.stdout, *said]), imported
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["-m", f"sft_phi3v.{verb}", "--help"] for verb in VERBS),
+        ["sft_phi3v/run.py", "--help"],
+        ["sft_phi3v/run.py"],
+        ["sft_phi3v/run.py", "recipes/brubery.yaml"],
+        ["-m", "sft_phi3v.generate", "--model", "outputs/tiny", "no-such.jpg"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_what_is_plainly_wrong_wait_for_no_heavy_import(words):
+    status, said, imported = told(*words)
+    assert status == (0 if words[-1] == "--help" else 1 if words[-1].endswith(".yaml") else 2)
+    assert said.strip().startswith("usage:" if words[-1] in ("--help", "sft_phi3v/run.py") else "error:")
+    assert "argparse" in imported
+    assert not imported & {"torch", "transformers", "peft", "accelerate", "scipy", "matplotlib", "wandb"}
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -16,12 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from PIL.Image import Image
 from tokenizers import Encoding, Tokenizer, normalizers
 from transformers import BatchFeature, ProcessorMixin, TokenizersBackend
 
-from sft_phi3v.phi3_v.image_processing_phi3_v import CROP, Phi3VImageProcessor, as_picture
+from sft_phi3v.phi3_v.image_processing_phi3_v import Phi3VImageProcessor, as_picture
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 # Stands for a "<" that is plain text, until the tokenizer's normaliser turns it back. A Unicode noncharacter, which no
@@ -247,16 +246,9 @@ class Phi3VProcessor(ProcessorMixin):
 
     def _pixels(self, pictures: list[list[Image]], orders: list[list[int]], num_crops: int | None) -> dict[str, Any]:
         """Crops and sizes of all rows, pictures in the order of appearance; one that is named twice comes twice."""
-        pixel_values = []
-        image_sizes = []
-        for row, order in zip(pictures, orders, strict=True):
-            found = self.image_processor(row, **_given(num_crops=num_crops)) if row else None
-            if found is not None:
-                grid = found["image_sizes"] // CROP
-                crops = found["pixel_values"].split((grid.prod(dim=1) + 1).tolist())
-                pixel_values += [crops[picture] for picture in order]
-                image_sizes.append(found["image_sizes"][order])
-        return {"pixel_values": torch.cat(pixel_values), "image_sizes": torch.cat(image_sizes)}
+        shown = [row[picture] for row, order in zip(pictures, orders, strict=True) for picture in order]
+        found = self.image_processor(shown, **_given(num_crops=num_crops))
+        return {"pixel_values": found["pixel_values"], "image_sizes": found["image_sizes"]}
 
     def apply_chat_template(self, conversation: Any, *args: Any, tokenize: bool = False, **kwargs: Any) -> Any:
         """

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from sft_phi3v.phi3_v import Phi3VImageProcessor
+from sft_phi3v.phi3_v.image_processing_phi3_v import local_crops, normalised
 
 CROP_VALUES = 3 * 336 * 336
 CASES = [(file, case["num_crops"]) for file, entry in image_goldens().items() for case in entry["cases"]]
@@ -108,6 +109,20 @@ def test_crop_zero_is_the_global_view_and_local_crops_are_row_major(processor):
         assert ((crop * std + mean) * 255).mean((1, 2)).tolist() == pytest.approx(colour, abs=1e-3)
     corners = pixels[0][:, [5, 5, -5, -5], [5, -5, 5, -5]] * std[..., 0] + mean[..., 0]
     assert (corners.T * 255).tolist() == [pytest.approx(colour, abs=1e-2) for colour in colours]
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (2, 4), (3, 1), (4, 4), (3, 5), (10, 1), (1, 16)], ids=str)
+def test_crops_are_bit_for_bit_those_of_the_whole_normalised_picture(processor, grid):
+    rows, columns = grid
+    height, width = rows * 336, columns * 336
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    mean, std = (torch.tensor(one)[:, None, None] for one in (processor.image_mean, processor.image_std))
+    whole = (torch.from_numpy(values).permute(2, 0, 1) / 255 - mean) / std
+    expected = [torch.nn.functional.interpolate(whole[None], size=(336, 336), mode="bicubic")[0]]
+    expected += [whole[:, y : y + 336, x : x + 336] for y in range(0, height, 336) for x in range(0, width, 336)]
+    local = local_crops(Image.fromarray(values))
+    assert local.dtype == torch.uint8 and local.shape == (rows, columns, 3, 336, 336)
+    assert torch.equal(normalised(local, mean=processor.image_mean, std=processor.image_std), torch.stack(expected))
 
 
 def test_white_bars_pad_only_the_short_side(processor):
