@@ -6,9 +6,10 @@ FSDP that is DDP, adapters that are not in the checkpoint. Each is refused with 
 
 import os
 
+import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from transformers.utils import is_torch_bf16_gpu_available
 
 from sft_phi3v.recipe import Recipe, wants_bf16
@@ -48,6 +49,19 @@ def check_machine(recipe: Recipe) -> None:
             f"{recipe.training.n_gpu} GPUs are visible and no launcher started this process. For all of them: "
             f"{launch}. For one: CUDA_VISIBLE_DEVICES=0 {launch}"
         )
+
+
+def free_memory() -> int:
+    """
+    Bytes that each process may take, before it has taken any: what is free on its GPU, or its share of the machine's
+    memory. The least of all processes, which are to do the same.
+    """
+    state = PartialState()
+    if state.device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(state.device)[0]
+    else:
+        free = psutil.virtual_memory().available // state.num_processes
+    return min(gather_object([free]))
 
 
 def _check_launcher(recipe: Recipe) -> None:

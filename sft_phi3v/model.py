@@ -23,6 +23,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.utils import cached_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -67,6 +68,9 @@ def load_config(recipe: Recipe) -> Phi3VConfig:
             f"model_name_or_path: {name!r} is a {config.model_type!r} model, expected 'phi3_v' (Phi-3-vision or "
             "Phi-3.5-vision, or one fine-tuned from them)."
         )
+    layers, given = config.num_hidden_layers, recipe.task.checkpointed_layers
+    if isinstance(given, int) and given > layers:
+        raise ValueError(f"`checkpointed_layers` is {given}, expected 0 to {layers}: the decoder has {layers} layers.")
     return config
 
 
@@ -285,6 +289,21 @@ def freeze_unused(model: Phi3VForCausalLM) -> None:
     tower = model.model.vision_tower
     for module in (*tower.encoder.layers[model.model.vision_layers :], tower.post_layernorm):
         module.requires_grad_(False)
+
+
+def checkpoint_layers(model: nn.Module, count: int) -> None:
+    """
+    Leaves so many of the decoder's layers to recompute their activations. It is the first ones: the backward pass
+    starts at the last layer, so that what the others keep is gone before anything is computed again. Were it the last
+    ones, one layer's activations would come on top of all that is kept.
+
+    Args:
+        model (`nn.Module`): The model, wrapped or not, after activation checkpointing was enabled for all layers.
+        count (`int`): How many.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Phi3DecoderLayer)]
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index < count
 
 
 def base_commit(config: Phi3VConfig) -> str | None:
