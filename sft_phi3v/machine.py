@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION, is_kernels_available
 
 from sft_phi3v.recipe import Recipe, wants_bf16
 
@@ -48,6 +49,30 @@ def check_machine(recipe: Recipe) -> None:
         raise ValueError(
             f"{recipe.training.n_gpu} GPUs are visible and no launcher started this process. For all of them: "
             f"{launch}. For one: CUDA_VISIBLE_DEVICES=0 {launch}"
+        )
+
+
+def check_kernels(recipe: Recipe) -> None:
+    """
+    Refuse `use_kernels: true` where there are none. For what trains: other commands load the model without.
+
+    Args:
+        recipe ([`Recipe`]): The recipe.
+
+    Raises:
+        ValueError: No GPU, FSDP, or no package that transformers can use.
+    """
+    if not recipe.task.use_kernels:
+        return
+    device = "cpu" if recipe.training.use_cpu else PartialState().device.type
+    if device != "cuda":
+        raise ValueError(f"`use_kernels: true`: there are kernels for CUDA devices only, not for {device}. Remove it.")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):  # the model comes to the GPU when it trains: too late for a check
+        raise ValueError("`use_kernels: true` with FSDP: nothing would show whether they are used. Remove it.")
+    if not is_kernels_available():
+        raise ValueError(
+            "`use_kernels: true` needs the package kernels, in a version that transformers knows: pip install "
+            f"'kernels>={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}'. Or remove it."
         )
 
 

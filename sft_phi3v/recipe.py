@@ -97,6 +97,14 @@ class TaskArguments:
             "what others keep. 'auto': as few as fit this device by the estimate of docs/fit.md. null: all of them.",
         },
     )
+    use_kernels: bool = field(
+        default=False,
+        metadata={
+            "help": "Fused kernels from the Hub (`kernels-community`, compiled code) for the decoder's norms while a "
+            "run trains and scores: needs a CUDA device and `pip install kernels`. They round differently, so that "
+            "numbers change a little. Other commands load the model without."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.held_out <= 0 or (self.held_out > 1 and self.held_out != int(self.held_out)):
@@ -360,6 +368,7 @@ RENAMED: dict[str, str] = {
 _MASK = "the collator supervises the assistant's turns and nothing else, whatever this key says"
 _PACK = "a picture's tokens cannot be packed: TRL refuses it for rows with pictures"
 _TEXT = "what the model reads is said by `prompt` and `answer`, or by rows with `messages`"
+_LIGER = "Liger knows no phi3_v, so that it would change nothing, without a word: write `use_kernels`"
 _OWN = "the processor of `model_name_or_path` decides it"
 # Keys TRL has that this project would ignore, or that would go wrong silently: only their default is accepted.
 REFUSED: dict[str, str] = {
@@ -374,7 +383,9 @@ REFUSED: dict[str, str] = {
     "chat_template_path": _OWN,
     "eos_token": _OWN,
     "pad_token": _OWN,
-    "model_init_kwargs": "write `dtype`, `attn_implementation` and `model_revision` instead",
+    "model_init_kwargs": "write `dtype`, `attn_implementation`, `model_revision` and `use_kernels` instead",
+    "use_liger_kernel": _LIGER,
+    "liger_kernel_config": _LIGER,
     "streaming": "write `dataset_streaming`, which goes for `datasets` too",
     "test_split_size": "write `held_out`",
     "save_only_model": "a checkpoint without the optimiser cannot be gone on from",

@@ -77,7 +77,7 @@ def test_our_own_keys_are_these():
     assert ours == [
         *("prompt", "answer", "image_column", "num_crops", "held_out", "overlong", "nonfinite", "adapt"),
         *("eval_rows", "generation_rows", "max_new_tokens", "generation_batch_size"),
-        "checkpointed_layers",
+        *("checkpointed_layers", "use_kernels"),
     ]
     of_preview = [field.name for field in dataclasses.fields(PreviewArguments)]
     assert of_preview == ["sizes", "gpu", "gpus", "gpu_price", "efficiency"]
@@ -200,6 +200,11 @@ def test_what_a_file_may_say(line, key, value):
         ("packing: true", "`packing: True` is refused: a picture's tokens"),
         ("assistant_only_loss: true", "is refused: the collator supervises"),
         ("completion_only_loss: false", "is refused: the collator supervises"),
+        (
+            "use_liger_kernel: true",
+            "`use_liger_kernel: True` is refused: Liger knows no phi3_v",
+        ),
+        ("liger_kernel_config: {rms_norm: true}", "is refused: Liger knows no phi3_v"),
         ("streaming: true", "is refused: write `dataset_streaming`, which goes for `datasets` too"),
         ("test_split_size: 0.1", "is refused: write `held_out`"),
         ("dataset_streaming: true\nauto_find_batch_size: true", "rows are shared out by the batch"),

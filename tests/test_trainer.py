@@ -265,7 +265,7 @@ def test_a_recipe_may_change_where_nothing_was_learned_yet(recipe, tmp_path, mon
 
 
 def test_a_signal_before_training_ends_the_run_at_once(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "load_model", lambda recipe: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(run, "load_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as end:
         run.main([recipe()])
     assert end.value.code == 75
