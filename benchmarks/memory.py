@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from trl.trainer.utils import add_fused_lm_head
 
 from sft_phi3v.estimate import Setting, Shape, Step, weights_of
-from sft_phi3v.model import target_pattern
+from sft_phi3v.model import checkpoint_layers, target_pattern
 from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM
 from sft_phi3v.phi3_v.modeling_phi3_v import Phi3VModel
 
@@ -112,6 +112,8 @@ def build(case: Case) -> nn.Module:
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     if setting.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
+        if setting.checkpointed is not None:
+            checkpoint_layers(model, setting.checkpointed)
         if setting.lora:
             model.enable_input_require_grads()
     return model.train()
@@ -282,6 +284,7 @@ def mid_size() -> list[Case]:
     return [
         Case("QLoRA", middle, qlora, one),
         Case("QLoRA, no checkpointing", middle, replace(qlora, checkpointing=False), one),
+        Case("QLoRA, 2 of 4 layers checkpointed", middle, replace(qlora, checkpointed=2), one),
         Case("QLoRA, float32", wide, replace(qlora, dtype="float32", autocast=False, dropout=0.0), small),
         Case("LoRA", middle, lora, two),
         Case("LoRA, no checkpointing", middle, replace(lora, checkpointing=False), two),
@@ -289,6 +292,7 @@ def mid_size() -> list[Case]:
         Case("LoRA on all parts", middle, replace(lora, adapt=("language_model", "projector", "vision_tower")), one),
         Case("LoRA, eager attention", wide, replace(lora, attention="eager", checkpointing=False), small),
         Case("full", middle, full, one),
+        Case("full, 1 of 4 layers checkpointed", middle, replace(full, checkpointed=1), one),
         Case("full, no checkpointing", middle, replace(full, checkpointing=False), one),
         Case("full, float32", wide, replace(full, autocast=False), small),
     ]
@@ -304,6 +308,8 @@ def full_size() -> list[Case]:
     every = ("language_model", "projector", "vision_tower")
     return [
         Case("LoRA", real, lora, one),
+        Case("LoRA, 12 of 32 layers checkpointed", real, replace(lora, checkpointed=12), one),
+        Case("LoRA, 31 of 32 layers checkpointed", real, replace(lora, checkpointed=31), one),
         Case("LoRA, 2 rows", real, lora, replace(one, rows=2)),
         Case("LoRA, 4 rows of 4 crops, no checkpointing", real, replace(lora, checkpointing=False), few),
         Case("LoRA, no checkpointing, no dropout", real, replace(lora, checkpointing=False, dropout=0.0), one),

@@ -175,7 +175,7 @@ def flattened(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def row_numbers(batch: dict[str, Any]) -> torch.Tensor:
-    """Which row of the batch each of its positions belongs to: `(batch, length)`, or `(1, tokens)` of a flattened one."""
+    """Which row each position of a batch belongs to: `(batch, length)`, or `(1, tokens)` of a flattened one."""
     labels = batch["labels"]
     if "cu_seq_lens_q" not in batch:
         return torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)

@@ -162,6 +162,7 @@ class Setting:
         targets (`str` or `tuple[str, ...]`, *optional*): The recipe's own `lora_target_modules`.
         rank (`int`), dropout (`float`): LoRA's.
         checkpointing (`bool`): Activation checkpointing.
+        checkpointed (`int`, *optional*): How many of the decoder's layers recompute; `None`: all.
         attention (`str`): sdpa, flash_attention_2 or eager.
         optimiser (`str`): Its name in transformers.
         rows (`int`), accumulation (`int`): Rows per device and forward pass, and passes per step.
@@ -181,6 +182,7 @@ class Setting:
     rank: int = 16
     dropout: float = 0.05
     checkpointing: bool = True
+    checkpointed: int | None = None
     attention: str = "sdpa"
     optimiser: str = "adamw_torch_fused"
     rows: int = 1
@@ -192,8 +194,8 @@ class Setting:
 
     @classmethod
     def of(cls, recipe: Recipe, *, processes: int = 1) -> "Setting":
-        """The setting of a recipe, on so many GPUs."""
-        model, training = recipe.model, recipe.training
+        """The setting of a recipe, on so many GPUs; `checkpointed_layers: auto` is all, until a memory is known."""
+        model, training, layers = recipe.model, recipe.training, recipe.task.checkpointed_layers
         targets = model.lora_target_modules
         return cls(
             dtype=str(model.dtype or "float32"),
@@ -206,6 +208,7 @@ class Setting:
             rank=model.lora_r,
             dropout=model.lora_dropout,
             checkpointing=bool(recipe.settings.get("activation_checkpointing")),
+            checkpointed=layers if isinstance(layers, int) else None,
             attention=model.attn_implementation or "sdpa",
             optimiser=str(getattr(training.optim, "value", training.optim)),
             rows=training.per_device_train_batch_size,
@@ -409,6 +412,10 @@ class Step:
         self.parts = set(PARTS) if not setting.lora else {weight.part for weight in self.adapted}
         self.n, self.width = shape.rows * shape.tokens, config.hidden_size
         self.shares = setting.processes if setting.sharded else 1
+        layers = config.num_hidden_layers
+        given = layers if setting.checkpointed is None else setting.checkpointed
+        self.recomputed = given if setting.checkpointing else 0  # the first ones, see `checkpoint_layers`
+        self.keeping = layers - self.recomputed
 
     def weights_stored(self) -> dict[str, int]:
         """Bytes of the base model's weights, by part and storage."""
@@ -471,10 +478,10 @@ class Step:
                 saved += image * (merged + self.width) * given
         return saved
 
-    def cast(self, prefix: str = "", *, layers: int = 1) -> int:
+    def cast(self, prefix: str = "", *, layers: int = 1, adapters: bool = True) -> int:
         """
         Copies that autocast makes of weights that are not stored as it computes: of one layer of `layers`, or of all
-        that start with `prefix`.
+        that start with `prefix`; with `adapters` or without.
         """
         if not self.setting.autocast:
             return 0
@@ -484,9 +491,15 @@ class Step:
             if weight.linear and weight.computed and weight.name.startswith(prefix) and weight.part != "lm_head"
             if self.stored != 2 and not (self.setting.bits and quantised(weight))
         )
-        adapters = [weight for weight in self.adapted if weight.name.startswith(prefix)]
-        total += self.setting.rank * sum(sum(weight.shape) for weight in adapters)
+        if adapters:
+            adapted = [weight for weight in self.adapted if weight.name.startswith(prefix)]
+            total += self.setting.rank * sum(sum(weight.shape) for weight in adapted)
         return 2 * total // layers
+
+    def cast_of_keeping(self, *, adapters: bool = True) -> int:
+        """Those copies that the graph holds of decoder layers that do not recompute."""
+        layers = self.config.num_hidden_layers
+        return self.keeping * self.cast("model.language_model.layers.", layers=layers, adapters=adapters)
 
     def dequantised(self) -> int:
         """The largest 4-bit weight, as it is computed with."""
@@ -517,8 +530,8 @@ class Step:
 
     def held(self) -> int:
         """Activations from the decoder's forward pass on: of its layers, the pictures themselves, and masks."""
-        shape, layer, layers = self.shape, self.decoder(), self.config.num_hidden_layers
-        held = layers * (layer.stream if self.setting.checkpointing else layer.saved) + self.pixels()
+        shape, layer = self.shape, self.decoder()
+        held = self.recomputed * layer.stream + self.keeping * layer.saved + self.pixels()
         if not self.input_grad:
             held -= layer.less
         if self.setting.checkpointing and self.setting.lora:
@@ -553,14 +566,15 @@ class Step:
         """Everything but weights that lives from the forward to the backward pass."""
         # Of what is cast, checkpointing leaves the projector's, which is in none of its layers.
         casts = self.cast("model.multi_modal_projector.") if "projector" in self.parts else 0
-        if not self.setting.checkpointing:
-            casts = self.cast()
+        casts = casts + self.cast_of_keeping() if self.setting.checkpointing else self.cast()
         return self.held() + self.seen() + self.last_norm() + casts
 
     def moments(self) -> dict[str, dict[str, int]]:
         """What there is beside weights, adapters and optimiser, at each moment that can be the fullest."""
         setting, layer = self.setting, self.decoder()
-        again = layer.saved if setting.checkpointing else 0
+        # The last layer is computed again only where all are. Further back, a layer that recomputes takes the place of
+        # the one after it, which is gone: no moment in between is fuller than both the last and the first layer's.
+        again = 0 if self.keeping else layer.saved
         held, seen, stream = self.held(), self.seen(), self.n * self.width * self.stored
         decoder = self.cast("model.language_model.layers.", layers=self.config.num_hidden_layers)
         gradients = 4 * self.trained // self.shares
@@ -581,8 +595,9 @@ class Step:
         every = self.cast()
         projector = self.cast("model.multi_modal_projector.") if "projector" in self.parts else 0
         # Until the forward pass is over, autocast keeps its copies of what is trained, checkpointing or not.
-        cached = every if self.kind.full or not setting.checkpointing else projector + 2 * self.trained
-        graph = projector if setting.checkpointing else every
+        adapters = projector + 2 * self.trained + self.cast_of_keeping(adapters=False)
+        cached = every if self.kind.full or not setting.checkpointing else adapters
+        graph = projector + self.cast_of_keeping() if setting.checkpointing else every
         # A loss over an lm_head that is trained makes that gradient first, beside the one of the passes before.
         head = 4 * self.config.vocab_size * self.width // self.shares if self.kind.full else 0
         found = {
@@ -592,7 +607,7 @@ class Step:
             | {"logits": self.head(back=True)},
             "last layer back": moment(
                 held + seen + again + layer.working + stream + product,
-                decoder if setting.checkpointing else every,
+                graph if self.keeping else decoder,
                 before + head,
             ),
             "first layer back": moment(

@@ -7,7 +7,7 @@ keys. `docs/fit.md` has the figures and where they are from.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -21,11 +21,17 @@ from sft_phi3v.estimate import (
     estimate_memory,
     memory_of,
     optimiser_bytes,
+    quantised,
+    stored_bytes,
     weights_of,
 )
 from sft_phi3v.model import PARTS
 from sft_phi3v.phi3_v import Phi3VConfig
 from sft_phi3v.recipe import Recipe
+
+# Memory that is to be left over where the estimate alone decides: it was not compared with a GPU's allocator and
+# kernels yet, its fragmentation is assumed, and evaluation by generation needs some beside what training keeps.
+MARGIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,14 @@ class GPU:
     Args:
         memory (`float`): GiB, as CUDA reports them, rounded down.
         tflops (`float`): Peak of dense matrix products in bfloat16 (float16, where `bf16` is false), in TFLOP/s.
+        bandwidth (`float`): GB/s that its memory is read and written with, at most.
         price (`float`): Dollars per hour: an example of what it is rented out for on demand, to be overridden.
         bf16 (`bool`): Whether it has bfloat16.
     """
 
     memory: float
     tflops: float
+    bandwidth: float
     price: float
     bf16: bool = True
 
@@ -51,17 +59,17 @@ class GPU:
 
 
 GPUS = {
-    "T4": GPU(14.5, 65, 0.35, bf16=False),
-    "V100": GPU(15.7, 125, 0.60, bf16=False),
-    "L4": GPU(22.0, 121, 0.70),
-    "A10G": GPU(22.0, 70, 1.00),
-    "RTX 3090": GPU(23.5, 71, 0.25),
-    "RTX 4090": GPU(23.5, 165, 0.40),
-    "A100-40": GPU(39.3, 312, 1.30),
-    "L40S": GPU(44.3, 362, 1.10),
-    "A100-80": GPU(79.1, 312, 1.80),
-    "H100": GPU(79.1, 989, 3.00),
-    "H200": GPU(139.7, 989, 3.80),
+    "T4": GPU(14.5, 65, 300, 0.35, bf16=False),
+    "V100": GPU(15.7, 125, 900, 0.60, bf16=False),
+    "L4": GPU(22.0, 121, 300, 0.70),
+    "A10G": GPU(22.0, 70, 600, 1.00),
+    "RTX 3090": GPU(23.5, 71, 936, 0.25),
+    "RTX 4090": GPU(23.5, 165, 1008, 0.40),
+    "A100-40": GPU(39.3, 312, 1555, 1.30),
+    "L40S": GPU(44.3, 362, 864, 1.10),
+    "A100-80": GPU(79.1, 312, 2039, 1.80),
+    "H100": GPU(79.1, 989, 3350, 3.00),
+    "H200": GPU(139.7, 989, 4800, 3.80),
 }
 
 
@@ -80,7 +88,7 @@ def flops_per_row(setting: Setting, config: Phi3VConfig, weights: Sequence[Weigh
     Floating-point operations of training on one row.
 
     Args:
-        setting ([`Setting`]): Adapters or all weights; activation checkpointing.
+        setting ([`Setting`]): Adapters or all weights; activation checkpointing, of which layers.
         config ([`Phi3VConfig`]): Sizes.
         weights (sequence of [`Weight`]): From [`weights_of`].
         shape ([`Shape`]): Its `tokens`, `image_tokens`, `crops` and `supervised` are those of the row.
@@ -106,12 +114,34 @@ def flops_per_row(setting: Setting, config: Phi3VConfig, weights: Sequence[Weigh
         "lm_head": 2 * numbers["lm_head"] * shape.supervised,
     }
     again = 1 if setting.checkpointing else 0
+    recomputed = step.recomputed / config.num_hidden_layers
     back = 2 if step.kind.full else 1  # gradients of inputs, and of weights
-    times: dict[str, int] = {"language_model": 1 + again + back, "lm_head": 2 + back}  # TRL computes logits twice
+    times = {"language_model": 1 + recomputed + back, "lm_head": 2.0 + back}  # TRL computes logits twice
     trained = "vision_tower" in step.parts
     times["vision_tower"] = 1 + again + back if trained else 1
     times["projector"] = 1 + back if trained or "projector" in step.parts else 1
     return float(sum(forward[part] * times[part] for part in PARTS))
+
+
+def dequantised_bytes(setting: Setting, config: Phi3VConfig, weights: Sequence[Weight]) -> float:
+    """
+    Bytes that one batch moves to make numbers of 4-bit weights again: each time that a linear is computed its weight is
+    read, with its scales, and written as it is computed with. Forward, backward, and where a layer recomputes.
+
+    Args:
+        setting ([`Setting`]): Quantisation; activation checkpointing, of which layers.
+        config ([`Phi3VConfig`]): Sizes.
+        weights (sequence of [`Weight`]): From [`weights_of`].
+
+    Returns:
+        `float`: Bytes; 0 where nothing is quantised in 4 bits. The matrix product reads what is written in any case.
+    """
+    if setting.bits != 4:
+        return 0.0
+    step = Step(setting, config, weights, Shape(1, 1, 0, 0, 1))
+    few = [weight for weight in weights if quantised(weight)]
+    once = sum(stored_bytes(weight, setting, step.stored) + step.kind.compute * weight.numel for weight in few)
+    return once * (2 + step.recomputed / config.num_hidden_layers)
 
 
 @dataclass(frozen=True)
@@ -132,6 +162,7 @@ def epoch_of(
     efficiency: float,
     price: float | None = None,
     batches: int | None = None,
+    moved: float = 0.0,
 ) -> Epoch:
     """
     How long an epoch takes, and what it costs.
@@ -144,14 +175,70 @@ def epoch_of(
         efficiency (`float`): Share of the GPU's peak that is reached.
         price (`float`, *optional*): Dollars per hour and GPU; else the table's.
         batches (`int`, *optional*): Of an epoch on all GPUs, where these are planned.
+        moved (`float`, *optional*, defaults to `0.0`): Bytes per batch, from [`dequantised_bytes`].
 
     Returns:
         [`Epoch`]: Of training alone: no evaluation, no start.
     """
-    passes = setting.accumulation * setting.processes
-    steps = -(-rows // (setting.rows * passes)) if batches is None else -(-batches // passes)
+    each = -(-(-(-rows // setting.rows) if batches is None else batches) // setting.processes)
+    steps = -(-each // setting.accumulation)
     seconds = rows * flops / (gpu.tflops * 1e12 * efficiency * setting.processes)
+    seconds += each * moved / (gpu.bandwidth * GB)
     return Epoch(steps, seconds, seconds / 3600 * (gpu.price if price is None else price) * setting.processes)
+
+
+def fits_well(memory: int, available: int) -> bool:
+    """Whether an estimate leaves the margin of what there is."""
+    return memory <= (1 - MARGIN) * available
+
+
+def by_layers(setting: Setting, config: Phi3VConfig, weights: Sequence[Weight], shape: Shape) -> list[Memory]:
+    """What a step takes with no layer checkpointed, with one, …, with all."""
+    counts = range(config.num_hidden_layers + 1)
+    return [memory_of(replace(setting, checkpointed=count), config, weights, shape) for count in counts]
+
+
+def fewest(memories: Sequence[Memory], available: int) -> int:
+    """The fewest checkpointed layers with which a step fits well; all, if it never does. Of [`by_layers`]."""
+    return next((count for count, found in enumerate(memories) if fits_well(found.total, available)), len(memories) - 1)
+
+
+def settle_layers(
+    recipe: Recipe, config: Phi3VConfig, shape: Shape, available: int, *, processes: int = 1
+) -> tuple[Recipe, str]:
+    """
+    Makes a number of `checkpointed_layers: auto`.
+
+    Args:
+        recipe ([`Recipe`]): The recipe.
+        config ([`Phi3VConfig`]): Of its base model.
+        shape ([`Shape`]): Its largest batch.
+        available (`int`): Bytes to fit into.
+        processes (`int`, *optional*, defaults to `1`): GPUs.
+
+    Returns:
+        `tuple[Recipe, str]`: The recipe, whose `settings` still say auto: another device may take another number; and
+        a line that says what was chosen.
+
+    Raises:
+        ValueError: If nothing is known about the recipe's optimiser.
+    """
+    try:
+        memories = by_layers(Setting.of(recipe, processes=processes), config, weights_of(config), shape)
+    except ValueError as error:
+        raise ValueError(f"`checkpointed_layers: auto` is by estimate: {error} Or write a number of layers.") from None
+    count = fewest(memories, available)
+    settled = replace(recipe, task=replace(recipe.task, checkpointed_layers=count))
+    return settled, _layers_line(count, memories, available)
+
+
+def _layers_line(count: int, memories: Sequence[Memory], available: int) -> str:
+    memory, layers = memories[count].total, len(memories) - 1
+    short = "" if fits_well(memory, available) else f", which leaves less than {MARGIN:.0%} over"
+    return (
+        f"checkpointing: {count} of {layers} decoder layers recompute; estimated {memory / GB:.1f} of "
+        f"{available / GB:.1f} GB{short}"
+    )
 
 
 @dataclass(frozen=True)
@@ -214,6 +301,9 @@ def _changes(setting: Setting, config: Phi3VConfig, shape: Shape) -> list[Change
     made: list[Change] = []
     if not setting.checkpointing:
         made.append(("activation_checkpointing: true", lambda one: replace(one, checkpointing=True), same))
+    elif setting.checkpointed is not None and setting.checkpointed < config.num_hidden_layers:
+        every = config.num_hidden_layers
+        made.append((f"checkpointed_layers: {every}", lambda one: replace(one, checkpointed=every), same))
     if setting.budget is not None:
         if shape.rows > 1:
             rows, most = -(-shape.rows // 2), max(-(-setting.budget // 2), shape.tokens)
@@ -331,45 +421,104 @@ def fit_report(
     Raises:
         ValueError: If no such GPU is known.
     """
-    weights, setting = weights_of(config), Setting.of(recipe, processes=processes)
-    memory = memory_of(setting, config, weights, shape)
-    flops = flops_per_row(setting, config, weights, typical)
+    name, found, size = _named_or_visible(gpu)
+    setting = Setting.of(recipe, processes=processes)
+    fit = _Fit(recipe, config, weights_of(config), setting, shape, typical, rows, price, batches)
+    setting, memory, line = fit.on(size)
     batch = f"{_counted(shape.rows, 'row')} of {shape.tokens:,} tokens and {_counted(shape.crops, 'crop')}"
     lines = [f"memory{' per GPU' * setting.cuda}, estimated for {batch}:"]
     for part, count in memory.parts.items():
         if count >= 0.005 * GB:
             lines.append(f"  {part:<44} {count / GB:>7.2f} GB")
     lines.append(f"  {'peak (' + memory.moment + ')':<44} {memory.total / GB:>7.2f} GB")
-    name, found, size = _named_or_visible(gpu)
     everywhere = gpu is None and size is None and setting.cuda
     if size is not None:
         fits = memory.total <= size
         lines.append(f"{'✓ fits' if fits else '✗ does not fit'} {name}, by this estimate: {size / GB:.1f} GB")
+        lines += [line] if line else []
         if not fits:
             lines += ["What helps most:"]
             lines += _remedy_lines(remedies(recipe, config, shape, processes=processes, available=size), size)
     names = [name] if found is not None else list(GPUS) if everywhere else []
-    efficiency = recipe.preview.efficiency
     for one in names:
-        known = GPUS[one]
-        epoch = epoch_of(setting, flops, rows, known, efficiency=efficiency, price=price, batches=batches)
-        hourly = known.price if price is None else price
-        note = "" if known.bf16 or not recipe.training.bf16 else "; no bfloat16: --bf16 false --fp16 true"
-        mark = (
-            f"{'✓' if memory.total <= known.bytes else '✗'} {one:<9} {known.bytes / GB:>6.1f} GB; "
-            if everywhere
-            else ""
-        )
-        lines.append(
-            f"  {mark if everywhere else ''}an epoch of {epoch.steps:,} steps: {_time(epoch.seconds)}, "
-            f"${epoch.dollars:,.2f} at ${hourly:.2f} an hour and GPU{note}"
-        )
+        lines.append(f"  {fit.line(one, everywhere=everywhere)}")
+    if size is not None and found is not None and (unquantised := fit.unquantised(found, size)):
+        lines.append(unquantised)
     if names:
         lines.append(
-            f"Times are for rows of {typical.tokens:,} tokens, the mean, at {efficiency:.0%} of the GPU's peak; see "
-            "docs/fit.md."
+            f"Times are for rows of {typical.tokens:,} tokens, the mean, at {recipe.preview.efficiency:.0%} of the "
+            "GPU's peak; see docs/fit.md."
         )
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A recipe with its rows, to be held against several GPUs."""
+
+    recipe: Recipe
+    config: Phi3VConfig
+    weights: Sequence[Weight]
+    setting: Setting
+    shape: Shape
+    typical: Shape
+    rows: int
+    price: float | None
+    batches: int | None
+
+    @cached_property
+    def memories(self) -> list[Memory]:
+        return by_layers(self.setting, self.config, self.weights, self.shape)
+
+    def on(self, size: int | None) -> tuple[Setting, Memory, str]:
+        """The setting where there is so much memory, what it takes, and what `checkpointed_layers: auto` chooses."""
+        if size is None or self.recipe.task.checkpointed_layers != "auto":
+            return self.setting, memory_of(self.setting, self.config, self.weights, self.shape), ""
+        memories = self.memories
+        count = fewest(memories, size)
+        return replace(self.setting, checkpointed=count), memories[count], _layers_line(count, memories, size)
+
+    def epoch(self, setting: Setting, gpu: GPU) -> Epoch:
+        return epoch_of(
+            setting,
+            flops_per_row(setting, self.config, self.weights, self.typical),
+            self.rows,
+            gpu,
+            efficiency=self.recipe.preview.efficiency,
+            price=self.price,
+            batches=self.batches,
+            moved=dequantised_bytes(setting, self.config, self.weights),
+        )
+
+    def line(self, name: str, *, everywhere: bool) -> str:
+        """An epoch on a GPU of the table: and where all of them are shown, its memory."""
+        gpu = GPUS[name]
+        setting, memory, chosen = self.on(gpu.bytes)
+        epoch = self.epoch(setting, gpu)
+        hourly = gpu.price if self.price is None else self.price
+        note = "" if gpu.bf16 or not self.recipe.training.bf16 else "; no bfloat16: --bf16 false --fp16 true"
+        mark = ""
+        if everywhere:
+            mark = f"{'✓' if memory.total <= gpu.bytes else '✗'} {name:<9} {gpu.bytes / GB:>6.1f} GB; "
+            note += f"; {setting.checkpointed} layers recompute" if chosen else ""
+        return (
+            f"{mark}an epoch of {epoch.steps:,} steps: {_time(epoch.seconds)}, "
+            f"${epoch.dollars:,.2f} at ${hourly:.2f} an hour and GPU{note}"
+        )
+
+    def unquantised(self, gpu: GPU, size: int) -> str:
+        """What to say where 4-bit weights save memory that nothing needs, and cost time; else nothing."""
+        if self.setting.bits != 4 or not self.setting.cuda:
+            return ""
+        other = replace(self, setting=replace(self.setting, bits=None, nested=False))
+        setting, memory, _ = other.on(size)
+        saved = self.epoch(self.on(size)[0], gpu).seconds - self.epoch(setting, gpu).seconds
+        if not fits_well(memory.total, size) or saved <= 0:
+            return ""
+        return (
+            f"4 bits are not needed here: with `load_in_4bit: false` estimated {memory.total / GB:.1f} of "
+            f"{size / GB:.1f} GB, and an epoch at least {_time(saved)} shorter, since nothing is dequantised."
+        )
 
 
 def _named_or_visible(gpu: str | None) -> tuple[str, GPU | None, int | None]:

@@ -6,10 +6,12 @@ FSDP that is DDP, adapters that are not in the checkpoint. Each is refused with 
 
 import os
 
+import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION, is_kernels_available
 
 from sft_phi3v.recipe import Recipe, wants_bf16
 
@@ -67,6 +69,43 @@ def check_restarts() -> None:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of `accelerate launch` (or no --max_restarts: "
             "the same command, typed again, goes on too)."
         )
+
+
+def check_kernels(recipe: Recipe) -> None:
+    """
+    Refuse `use_kernels: true` where there are none. For what trains: other commands load the model without.
+
+    Args:
+        recipe ([`Recipe`]): The recipe.
+
+    Raises:
+        ValueError: No GPU, FSDP, or no package that transformers can use.
+    """
+    if not recipe.task.use_kernels:
+        return
+    device = "cpu" if recipe.training.use_cpu else PartialState().device.type
+    if device != "cuda":
+        raise ValueError(f"`use_kernels: true`: there are kernels for CUDA devices only, not for {device}. Remove it.")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):  # the model comes to the GPU when it trains: too late for a check
+        raise ValueError("`use_kernels: true` with FSDP: nothing would show whether they are used. Remove it.")
+    if not is_kernels_available():
+        raise ValueError(
+            "`use_kernels: true` needs the package kernels, in a version that transformers knows: pip install "
+            f"'kernels>={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}'. Or remove it."
+        )
+
+
+def free_memory() -> int:
+    """
+    Bytes that each process may take, before it has taken any: what is free on its GPU, or its share of the machine's
+    memory. The least of all processes, which are to do the same.
+    """
+    state = PartialState()
+    if state.device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(state.device)[0]
+    else:
+        free = psutil.virtual_memory().available // state.num_processes
+    return min(gather_object([free]))
 
 
 def _check_launcher(recipe: Recipe) -> None:

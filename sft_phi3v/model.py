@@ -23,6 +23,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
 from transformers.utils import cached_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -67,6 +68,9 @@ def load_config(recipe: Recipe) -> Phi3VConfig:
             f"model_name_or_path: {name!r} is a {config.model_type!r} model, expected 'phi3_v' (Phi-3-vision or "
             "Phi-3.5-vision, or one fine-tuned from them)."
         )
+    layers, given = config.num_hidden_layers, recipe.task.checkpointed_layers
+    if isinstance(given, int) and given > layers:
+        raise ValueError(f"`checkpointed_layers` is {given}, expected 0 to {layers}: the decoder has {layers} layers.")
     return config
 
 
@@ -92,7 +96,12 @@ def load_processor(recipe: Recipe) -> Phi3VProcessor:
 
 
 def load_model(
-    recipe: Recipe, folder: str | None = None, *, revision: str | None = None, quantised: bool = True
+    recipe: Recipe,
+    folder: str | None = None,
+    *,
+    revision: str | None = None,
+    quantised: bool = True,
+    kernels: bool = False,
 ) -> Phi3VForCausalLM:
     """
     Loads the base model, quantised as the recipe says, and checks that the weights were all there.
@@ -102,6 +111,9 @@ def load_model(
         folder (`str`, *optional*): Loads these weights instead, as a full fine-tuning leaves them.
         revision (`str`, *optional*): Commit of the base model, where the recipe's `model_revision` has moved on.
         quantised (`bool`, *optional*, defaults to `True`): `False` loads the weights as they were published.
+        kernels (`bool`, *optional*, defaults to `False`):
+            Fused kernels from the Hub. Not read from the recipe: what scores, merges or publishes is to compute the
+            same everywhere.
 
     Returns:
         [`Phi3VForCausalLM`]: The base model, without adapter.
@@ -122,6 +134,7 @@ def load_model(
         # Left alone, transformers puts a quantised model on the GPU, whatever the trainer does.
         device_map={"": "cpu"} if recipe.training.use_cpu else None,
         output_loading_info=True,
+        use_kernels=kernels,
     )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
@@ -290,6 +303,48 @@ def freeze_unused(model: Phi3VForCausalLM) -> None:
     tower = model.model.vision_tower
     for module in (*tower.encoder.layers[model.model.vision_layers :], tower.post_layernorm):
         module.requires_grad_(False)
+
+
+def checkpoint_layers(model: nn.Module, count: int) -> None:
+    """
+    Leaves so many of the decoder's layers to recompute their activations. It is the first ones: the backward pass
+    starts at the last layer, so that what the others keep is gone before anything is computed again. Were it the last
+    ones, one layer's activations would come on top of all that is kept.
+
+    Args:
+        model (`nn.Module`): The model, wrapped or not, after activation checkpointing was enabled for all layers.
+        count (`int`): How many.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Phi3DecoderLayer)]
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index < count
+
+
+def kernels_line(model: nn.Module) -> str:
+    """
+    How many of the decoder's norms are fused, in words. transformers keeps a layer as it is, without a word, where no
+    kernel fits the GPU or none can be fetched.
+
+    Args:
+        model (`nn.Module`): Loaded with `kernels`, on its device. It chooses its kernels when it begins to train, or to
+            score, so that it is told to do both.
+
+    Returns:
+        `str`: A line for people.
+
+    Raises:
+        ValueError: If none is.
+    """
+    model.train()
+    norms = [module for module in model.modules() if isinstance(module, Phi3RMSNorm)]
+    fused = sum(getattr(norm.forward, "__func__", None) is not type(norm).forward for norm in norms)
+    model.eval()
+    if not fused:
+        raise ValueError(
+            f"`use_kernels: true` changed none of the {len(norms)} norms: no kernel fits this GPU, or none could be "
+            "fetched from the Hub (kernels-community). Remove it."
+        )
+    return f"kernels: {fused} of {len(norms)} norms are fused, in training and for this run's own scores."
 
 
 def base_commit(config: Phi3VConfig) -> str | None:

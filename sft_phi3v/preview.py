@@ -31,7 +31,7 @@ from sft_phi3v.collator import IGNORED, Collator, Lengths
 from sft_phi3v.data import ROW, Pictures, Sized, check_rows, load_sizes, load_splits, sized_examples, to_examples
 from sft_phi3v.estimate import Shape
 from sft_phi3v.fit import find_gpu, fit_report
-from sft_phi3v.machine import check_machine
+from sft_phi3v.machine import check_kernels, check_machine
 from sft_phi3v.model import load_config, load_processor
 from sft_phi3v.recipe import Recipe, load_recipe
 from sft_phi3v.streaming import Stream, load_stream
@@ -395,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
     missing = []
     rows = "dataset_name" if recipe.preview.sizes is None else "sizes"
     for need, check in (
-        ("machine", lambda: check_machine(recipe)),
+        ("machine", lambda: _check_machine(recipe)),
         ("output_dir", lambda: check_output_dir(recipe)),
         ("model_name_or_path", lambda: load_processor(recipe) and None),
         (rows, lambda: _load(recipe)),
@@ -437,6 +437,11 @@ def fit(recipe: Recipe, prepared: Prepared) -> str:
         )
     except ValueError as error:
         return f"memory: not estimated: {error}"
+
+
+def _check_machine(recipe: Recipe) -> None:
+    check_machine(recipe)
+    check_kernels(recipe)
 
 
 def _load(recipe: Recipe) -> None:

@@ -98,6 +98,21 @@ class TaskArguments:
             "lengths, in place of `per_device_train_batch_size` rows each."
         },
     )
+    checkpointed_layers: int | str | None = field(  # "auto"
+        default=None,
+        metadata={
+            "help": "With `activation_checkpointing`: how many of the decoder's layers recompute in the backward pass "
+            "what others keep. 'auto': as few as fit this device by the estimate of docs/fit.md. null: all of them.",
+        },
+    )
+    use_kernels: bool = field(
+        default=False,
+        metadata={
+            "help": "Fused kernels from the Hub (`kernels-community`, compiled code) for the decoder's norms while a "
+            "run trains and scores: needs a CUDA device and `pip install kernels`. They round differently, so that "
+            "numbers change a little. Other commands load the model without."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.held_out <= 0 or (self.held_out > 1 and self.held_out != int(self.held_out)):
@@ -109,6 +124,8 @@ class TaskArguments:
             raise ValueError("`adapt` is empty: name a part, or set `use_peft: false` to train every weight.")
         if self.generation_rows < 0:
             raise ValueError(f"`generation_rows` is {self.generation_rows}, expected 0 or more.")
+        if isinstance(self.checkpointed_layers, int) and self.checkpointed_layers < 0:
+            raise ValueError(f"`checkpointed_layers` is {self.checkpointed_layers}, expected 0 or more, or auto.")
         for key in ("num_crops", "eval_rows", "max_new_tokens", "generation_batch_size", "max_tokens_per_batch"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -359,6 +376,7 @@ RENAMED: dict[str, str] = {
 _MASK = "the collator supervises the assistant's turns and nothing else, whatever this key says"
 _PACK = "a picture's tokens cannot be packed: TRL refuses it for rows with pictures"
 _TEXT = "what the model reads is said by `prompt` and `answer`, or by rows with `messages`"
+_LIGER = "Liger knows no phi3_v, so that it would change nothing, without a word: write `use_kernels`"
 _OWN = "the processor of `model_name_or_path` decides it"
 # Keys TRL has that this project would ignore, or that would go wrong silently: only their default is accepted.
 REFUSED: dict[str, str] = {
@@ -372,7 +390,9 @@ REFUSED: dict[str, str] = {
     "chat_template_path": _OWN,
     "eos_token": _OWN,
     "pad_token": _OWN,
-    "model_init_kwargs": "write `dtype`, `attn_implementation` and `model_revision` instead",
+    "model_init_kwargs": "write `dtype`, `attn_implementation`, `model_revision` and `use_kernels` instead",
+    "use_liger_kernel": _LIGER,
+    "liger_kernel_config": _LIGER,
     "streaming": "write `dataset_streaming`, which goes for `datasets` too",
     "test_split_size": "write `held_out`",
     "save_only_model": "a checkpoint without the optimiser cannot be gone on from",
@@ -389,10 +409,12 @@ _BATCH = ("max_tokens_per_batch", "per_device_train_batch_size")
 _PATHS = ("model_name_or_path", "dataset_name", "path", "source", "resume_from_checkpoint")
 _REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 
-# What a resumed run may change: how long it runs, what it shows and keeps, how rows are spread over devices.
+# What a resumed run may change: how long it runs, what it shows and keeps, how rows are spread over devices, and what
+# is kept or computed again.
 RESUMABLE = re.compile(
     r"nonfinite|max_steps|num_train_epochs|(logging|hub)_.*|save_(steps|strategy|total_limit)|dataloader_(?!drop_last).*|push_to_hub|report_to|run_name|disable_tqdm|"
     r"eval_strategy|eval_steps|per_device_(train|eval)_batch_size|gradient_accumulation_steps|generation_batch_size|"
+    r"checkpointed_layers|"
     r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare|sizes|gpus?|gpu_price|efficiency|"
     r"model|split|limit|"
     r"adapter|merge_.*|compare_bases|what|license|language|card_examples|dry_run|replace"
@@ -558,6 +580,7 @@ def load_recipe(argv: list[str], *, set_environment: bool = True) -> Recipe:
     parts: Any = (ScriptArguments, ModelConfig, SFTConfig, *ours, DatasetMixtureConfig)
     kinds = {name: kind for part in parts for name, kind in get_type_hints(part).items()}
     kinds["lora_target_modules"] = str | list[str] | None  # a pattern too, as TRL documents and its annotation forgets
+    kinds["checkpointed_layers"] = int | Literal["auto"] | None  # which transformers' parser refuses to look at
     kinds["datasets"] = list[dict[str, Any]]  # as a file has them
     known = {item.name: (kinds[item.name], item) for part in parts for item in fields(part) if item.init}
 
@@ -870,7 +893,7 @@ def _in_words(kind: Any, choices: list[str]) -> str:
     if origin is list:
         return f"a list of {_in_words(inner[0], choices)}"
     if choices and (origin is str or origin not in _WORDS):
-        return f"one of {', '.join(choices)}"
+        return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
     return _WORDS.get(origin, f"a {getattr(origin, '__name__', origin)}")
 
 
@@ -894,6 +917,11 @@ def _conflicts(settings: dict[str, Any], known: Mapping[str, Any]) -> Iterator[s
             f"`dtype: {dtype or 'null'}` without `use_peft: true`: most updates are too small for 16-bit weights and "
             "vanish. Write `dtype: float32`; `bf16: true` still computes in bfloat16."
         )
+    if settings.get("checkpointed_layers") is not None:
+        if not settings.get("activation_checkpointing"):
+            yield "`checkpointed_layers` with `activation_checkpointing: false`, which is for none. Keep one of them."
+        if "every_n_layers" in (settings.get("activation_checkpointing_kwargs") or {}):
+            yield "`checkpointed_layers` and `every_n_layers` both say how many layers recompute. Keep one of them."
     if "adapt" in settings and not settings.get("use_peft"):
         yield "`adapt` without `use_peft: true`: nothing would be adapted, every weight would be trained."
     if settings.get("train_sampling_strategy") == "group_by_length":

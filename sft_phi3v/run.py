@@ -28,10 +28,20 @@ from peft import PeftModel
 from sft_phi3v.checkpoints import check_room, check_shared, claimed, finished, resumed_from, write_whole
 from sft_phi3v.data import to_examples
 from sft_phi3v.evaluation import Evaluation, identity, of_scored, trained_hashes
+from sft_phi3v.fit import settle_layers
 from sft_phi3v.hub import check_before_training
 from sft_phi3v.interruption import EXIT_CODE, INTERRUPTION, Halted, Interrupted
-from sft_phi3v.machine import check_machine, check_restarts
-from sft_phi3v.model import base_commit, freeze_unused, landing_table, load_model, lora_config, on_device
+from sft_phi3v.machine import check_kernels, check_machine, check_restarts, free_memory
+from sft_phi3v.model import (
+    base_commit,
+    freeze_unused,
+    kernels_line,
+    landing_table,
+    load_config,
+    load_model,
+    lora_config,
+    on_device,
+)
 from sft_phi3v.phi3_v import Phi3VConfig
 from sft_phi3v.prepare import prepare as prepare_data
 from sft_phi3v.preview import largest_batch, prepare, print_once
@@ -56,6 +66,7 @@ def set_up(recipe: Recipe) -> tuple[Trainer, Evaluation, Path | None]:
         ValueError: If the recipe, the machine, the data or the model is not right; says what to do about it.
     """
     check_machine(recipe)
+    check_kernels(recipe)
     check_shared(Path(str(recipe.training.output_dir)))
     checkpoint = resumed_from(recipe)
     if checkpoint is not None:
@@ -67,7 +78,12 @@ def set_up(recipe: Recipe) -> tuple[Trainer, Evaluation, Path | None]:
     collator, train_rows, held_out_rows = prepared.collator, prepared.train, prepared.held_out
     evaluation = Evaluation(recipe, collator.processor, train_rows, held_out_rows)
     _check_best_metric(recipe, evaluation)
-    model = load_model(recipe)
+    shape = largest_batch(recipe, prepared)
+    if recipe.task.checkpointed_layers == "auto":
+        processes = PartialState().num_processes
+        recipe, chosen = settle_layers(recipe, load_config(recipe), shape, free_memory(), processes=processes)
+        print_once(f"{chosen}\n")
+    model = load_model(recipe, kernels=recipe.task.use_kernels)
     freeze_unused(model)
     trainer = Trainer(
         model=model,
@@ -79,7 +95,7 @@ def set_up(recipe: Recipe) -> tuple[Trainer, Evaluation, Path | None]:
         peft_config=lora_config(recipe, model),
         callbacks=[Resume()],
     )
-    trainer.watch(recipe, evaluation, tracking, largest_batch(recipe, prepared), prepared.plan)
+    trainer.watch(recipe, evaluation, tracking, shape, prepared.plan)
     if recipe.training.save_strategy != "no":
         check_room(evaluation.folder, trainer.checkpoint_size(), "a checkpoint")
     if recipe.training.push_to_hub and trainer.is_world_process_zero():
@@ -91,6 +107,8 @@ def set_up(recipe: Recipe) -> tuple[Trainer, Evaluation, Path | None]:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     print_once(f"{landing_table(trainer.model)}\n")
+    if recipe.task.use_kernels:
+        print_once(f"{kernels_line(trainer.model)}\n")
     if trainer.is_world_process_zero():
         recipe.save(str(recipe.training.output_dir))
         tracking.environment = _save_environment(recipe, trainer.model.config, len(train_rows), len(held_out_rows))

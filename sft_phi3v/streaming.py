@@ -32,7 +32,6 @@ from datasets.table import InMemoryTable, table_cast
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.scripts.utils import DatasetConfig
 
-from sft_phi3v.collator import IGNORED
 from sft_phi3v.data import (
     ROW,
     Part,

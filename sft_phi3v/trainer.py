@@ -22,6 +22,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, rotate_checkpoints, seed_worker
@@ -37,7 +38,7 @@ from sft_phi3v.evaluation import Evaluation, public_recipe
 from sft_phi3v.fit import oom_message
 from sft_phi3v.hub import check_for_leaks, trained_files
 from sft_phi3v.interruption import INTERRUPTION, Halted, Interrupted, undisturbed
-from sft_phi3v.model import first_line
+from sft_phi3v.model import checkpoint_layers, first_line
 from sft_phi3v.recipe import Recipe
 from sft_phi3v.scoring import Completion
 from sft_phi3v.streaming import Stream
@@ -47,6 +48,16 @@ DUE = "evaluation_due"  # in a checkpoint of a run that was stopped before it ha
 MOST_SKIPPED = 10  # steps in a row that `nonfinite: skip` leaves out: then the weights are at fault, not the rows
 SHOWN = 20  # rows that a message names
 MOMENTS = 3  # of each trained number: itself and AdamW's two
+
+
+class Checkpointing(TrainerCallback):
+    """So many layers recompute: transformers tells all of them to, each time that training begins."""
+
+    def __init__(self, layers: int):
+        self.layers = layers
+
+    def on_train_begin(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        checkpoint_layers(model, self.layers)
 
 
 class Trainer(SFTTrainer):
@@ -81,6 +92,8 @@ class Trainer(SFTTrainer):
         self._last_of_epoch = -1  # the step after which an epoch was last seen to end
         for kind in get_reporting_integration_callbacks(self.args.report_to):
             self.remove_callback(kind)
+        if isinstance(recipe.task.checkpointed_layers, int):
+            self.add_callback(Checkpointing(recipe.task.checkpointed_layers))
         self.add_callback(self.meter)
         self.add_callback(tracking)
 

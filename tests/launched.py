@@ -13,6 +13,7 @@ import bitsandbytes
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from sft_phi3v import checkpoints, evaluation, machine, run, trainer
 
@@ -40,6 +41,9 @@ def before(owner, name, act):
 def learned(self, model, grad_norm=None):
     with open(f"{self.args.output_dir}/rows-{RANK}.jsonl", "a") as file:
         file.write(json.dumps([self.state.global_step, self.seen]) + "\n")
+    layers = [module.gradient_checkpointing for module in model.modules() if isinstance(module, Phi3DecoderLayer)]
+    with open(f"{self.args.output_dir}/recomputing-{RANK}.json", "w") as file:
+        json.dump(layers, file)
 
 
 class Recording(trainer.Trainer):

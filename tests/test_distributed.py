@@ -214,6 +214,18 @@ def test_several_processes_learn_what_one_learns(place, launch, single, table_ro
     assert before["after"]["rows"] == after["after"]["rows"] == HELD_OUT
 
 
+@pytest.mark.parametrize(("config", "changes"), [("ddp", {}), ("fsdp2", GLOO)])
+def test_in_several_processes_too_only_some_layers_recompute(place, launch, single, config, changes):
+    name = f"{config}-some-layers"
+    finished(launch(name, *TWO, config=config, checkpointed_layers=1, **changes), place, name)
+    for rank in range(2):
+        assert json.loads((place / name / f"recomputing-{rank}.json").read_text()) == [True, False, False, False]
+    whole, _ = single("QLoRA")
+    assert json.loads((whole / "recomputing-0.json").read_text()) == [True] * 4
+    assert losses(place / name) == pytest.approx(losses(whole), rel=1e-4)
+    assert difference(weights(whole), weights(place / name)) < 1e-4
+
+
 def test_what_several_processes_trained_is_merged_and_proved(place, launch, single, table_row):
     name = "ddp-QLoRA"
     if not (place / name / "metrics.json").exists():

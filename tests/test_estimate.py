@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,18 @@ from sft_phi3v.estimate import (
     optimiser_bytes,
     weights_of,
 )
-from sft_phi3v.fit import GPUS, epoch_of, find_gpu, fit_report, flops_per_row, oom_message, remedies
+from sft_phi3v.fit import (
+    GPUS,
+    by_layers,
+    dequantised_bytes,
+    epoch_of,
+    find_gpu,
+    fit_report,
+    flops_per_row,
+    oom_message,
+    remedies,
+    settle_layers,
+)
 from sft_phi3v.model import target_pattern
 from sft_phi3v.phi3_v import Phi3VForCausalLM
 from sft_phi3v.recipe import load_recipe
@@ -87,7 +99,8 @@ def test_four_bits_hold_what_bitsandbytes_makes_of_the_real_model(real, weights)
         assert memory.parts["weights: language_model (4-bit)"] == pytest.approx(linears * bits / 8, rel=1e-4)
 
 
-CASES = ["QLoRA, no checkpointing", "QLoRA, float32", "LoRA on all parts", "LoRA, eager attention", "full, float32"]
+CASES = ["QLoRA, no checkpointing", "QLoRA, 2 of 4 layers checkpointed", "full, 1 of 4 layers checkpointed"]
+CASES += ["QLoRA, float32", "LoRA on all parts", "LoRA, eager attention", "full, float32"]
 
 
 def small(memory, name):
@@ -176,6 +189,89 @@ def test_more_gpus_share_only_what_fsdp_shards(real, weights):
     assert ddp["gradients"] > alone["gradients"] > fsdp["gradients"]
 
 
+def test_each_layer_that_recomputes_takes_time_and_gives_memory(real, weights):
+    setting = Setting(rank=32)
+    memories = [found.total for found in by_layers(setting, real, weights, ONE)]
+    assert memories[:-1] == sorted(memories[:-1], reverse=True) and len(memories) == 33
+    # Where all recompute, the last one does so on top of what all keep: memory may not be less than with one fewer.
+    assert memories[-1] == memory_of(setting, real, weights, ONE).total < memories[-3]
+    flops = [flops_per_row(replace(setting, checkpointed=count), real, weights, ONE) for count in (0, 16, 32)]
+    assert flops[0] == flops_per_row(replace(setting, checkpointing=False), real, weights, ONE)
+    assert flops[2] == flops_per_row(setting, real, weights, ONE)
+    assert flops[1] == pytest.approx((flops[0] + flops[2]) / 2)
+
+
+def test_auto_takes_as_few_layers_as_leave_a_tenth_over(monkeypatch, real, weights):
+    recipe = burberry(monkeypatch, "--checkpointed_layers", "auto")
+    shape = Shape.worst(recipe, 16)
+    memories = [found.total for found in by_layers(Setting.of(recipe), real, weights, shape)]
+    for available in (11e9, 16e9, 30e9):
+        settled, line = settle_layers(recipe, real, shape, int(available))
+        count = settled.task.checkpointed_layers
+        assert memories[count] <= 0.9 * available and (count == 0 or memories[count - 1] > 0.9 * available)
+        said = f"checkpointing: {count} of 32 decoder layers recompute; estimated {memories[count] / 1e9:.1f} of"
+        assert line == f"{said} {available / 1e9:.1f} GB"
+        assert estimate_memory(settled, real, shape).total == memories[count]
+    assert settled.settings["checkpointed_layers"] == "auto", "another machine takes another number"
+    none, line = settle_layers(recipe, real, shape, 4_000_000_000)
+    assert none.task.checkpointed_layers == 32 and line.endswith("of 4.0 GB, which leaves less than 10% over")
+    with pytest.raises(ValueError, match="`checkpointed_layers: auto` is by estimate: `optim` is 'adalomo'"):
+        settle_layers(burberry(monkeypatch, "--checkpointed_layers", "auto", "--optim", "adalomo"), real, shape, 1)
+
+
+def test_the_report_chooses_for_the_gpu_that_is_named(monkeypatch, real):
+    recipe = burberry(monkeypatch, "--checkpointed_layers", "auto")
+    shape = Shape.worst(recipe, 16)
+    found = {}
+    for name in ("RTX 4090", "H100"):
+        report = fit_report(recipe, real, shape, shape, 8000, gpu=name)
+        found[name] = int(re.search(r"checkpointing: (\d+) of 32 decoder layers recompute; estimated", report)[1])
+        assert f"✓ fits {name}" in report
+    assert found["RTX 4090"] > found["H100"]
+    everywhere = fit_report(recipe, real, shape, shape, 8000)
+    for name, count in found.items():
+        assert re.search(rf"✓ {name} .*; {count} layers recompute", everywhere)
+
+
+def test_layers_that_do_not_recompute_are_among_the_remedies(monkeypatch, real):
+    recipe = burberry(monkeypatch, "--checkpointed_layers", "3")
+    shape = Shape.worst(recipe, 16)
+    best = remedies(recipe, real, shape)[0]
+    assert best.change == "checkpointed_layers: 32"
+    assert best.memory.total == estimate_memory(burberry(monkeypatch), real, shape).total
+
+
+def test_dequantising_costs_what_it_moves(real, weights):
+    setting = Setting(bits=4, nested=True)
+    numbers = 32 * (9216 + 3072 + 16384 + 8192) * 3072
+    bits = 4 + 8 / 64 + 32 / (64 * 256)
+    for checkpointed, passes in ((0, 2), (16, 2.5), (32, 3)):
+        moved = dequantised_bytes(replace(setting, checkpointed=checkpointed), real, weights)
+        assert moved == pytest.approx(passes * numbers * (bits / 8 + 2), rel=1e-4)
+    assert dequantised_bytes(Setting(), real, weights) == 0
+    times = [epoch_of(setting, 1e12, 5, GPUS["A100-80"], efficiency=0.3, moved=one).seconds for one in (0, 2039e9)]
+    assert times[1] - times[0] == pytest.approx(5)  # five batches, one second each
+    both = replace(setting, rows=2, processes=2)
+    times = [epoch_of(both, 1e12, 5, GPUS["A100-80"], efficiency=0.3, moved=one).seconds for one in (0, 2039e9)]
+    assert times[1] - times[0] == pytest.approx(2)
+
+
+def test_where_4_bits_are_not_needed_it_is_said(monkeypatch, real, weights):
+    recipe = burberry(monkeypatch)
+    shape = Shape.worst(recipe, 16)
+    report = fit_report(recipe, real, shape, shape, 8000, gpu="RTX 4090")
+    plain = memory_of(replace(Setting.of(recipe), bits=None, nested=False), real, weights, shape).total
+    (line,) = [line for line in report.splitlines() if line.startswith("4 bits are not needed")]
+    assert f"with `load_in_4bit: false` estimated {plain / 1e9:.1f} of 25.2 GB, and an epoch at least" in line
+    seconds = 4000 * dequantised_bytes(Setting.of(recipe), real, weights) / 1008e9
+    assert f"at least {seconds / 60:.1f} min shorter" in line
+    without = burberry(monkeypatch, "--load_in_4bit", "false")
+    assert "4 bits" not in fit_report(without, real, shape, shape, 8000, gpu="RTX 4090")
+    tight = replace(shape, rows=11)  # it fits, and leaves less than a tenth
+    assert 0.9 < memory_of(replace(Setting.of(recipe), bits=None), real, weights, tight).total / 25.2e9 < 1
+    assert "4 bits" not in fit_report(recipe, real, tight, shape, 8000, gpu="RTX 4090")
+
+
 def test_the_largest_batch_of_some_rows(monkeypatch):
     recipe = burberry(monkeypatch, "--pad_to_multiple_of", "64")
     lengths = [Lengths(1958, 1921, 22, ((640, 480),)), Lengths(2540, 2509, 18, ((500, 500),))]
@@ -239,7 +335,7 @@ def test_preview_says_it(write_recipe, capsys):
 def test_the_page_has_every_gpu_as_the_table_has_it():
     page = (REPOSITORY / "docs" / "fit.md").read_text(encoding="utf-8")
     for name, gpu in GPUS.items():
-        assert f"| {name} | {gpu.memory:g} | {gpu.tflops:g} | {gpu.price:.2f} |" in page
+        assert f"| {name} | {gpu.memory:g} | {gpu.tflops:g} | {gpu.bandwidth:g} | {gpu.price:.2f} |" in page
     assert json.dumps(0.3) in page
 
 

@@ -4,13 +4,14 @@ import os
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
-from sft_phi3v import machine, run
-from sft_phi3v.machine import check_machine, check_restarts
+from sft_phi3v import machine, preview, run
+from sft_phi3v.machine import check_kernels, check_machine, check_restarts, free_memory
 from sft_phi3v.recipe import Recipe, load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -34,6 +35,40 @@ def test_a_gpu_recipe_loads_without_a_gpu_and_does_not_run():
         check_machine(load(base=QLORA))
     assert "--use_cpu true --bf16 false --dtype float32" in str(caught.value)
     check_machine(load("", "--use_cpu", "true", "--bf16", "false", "--dtype", "float32", base=QLORA))
+
+
+def test_kernels_are_refused_where_there_are_none(monkeypatch):
+    check_kernels(load())
+    with pytest.raises(ValueError, match="`use_kernels: true`: there are kernels for CUDA devices only, not for cpu"):
+        check_kernels(load("use_kernels: true"))
+    recipe = load("use_kernels: true")
+    recipe.training.use_cpu = False
+    monkeypatch.setattr(machine, "PartialState", lambda: SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(machine, "is_kernels_available", lambda: False)
+    with pytest.raises(ValueError, match=r"`use_kernels: true` needs the package kernels.*pip install 'kernels>=0"):
+        check_kernels(recipe)
+    monkeypatch.setattr(machine, "is_kernels_available", lambda: True)
+    check_kernels(recipe)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="`use_kernels: true` with FSDP"):
+        check_kernels(recipe)
+
+
+def test_preview_says_that_there_are_none(write_recipe, capsys):
+    with pytest.raises(SystemExit):
+        preview.main([write_recipe(use_kernels=True)])
+    assert "✗ `use_kernels: true`: there are kernels for CUDA devices only, not for cpu." in capsys.readouterr().out
+
+
+def test_what_memory_is_free(monkeypatch):
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=9_000))
+    state = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
+    monkeypatch.setattr(machine, "PartialState", lambda: state)
+    monkeypatch.setattr(machine, "gather_object", lambda found: [*found, 5_000])
+    assert free_memory() == 4_500, "processes on one machine share its memory"
+    state.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6_000, 8_000))
+    assert free_memory() == 5_000, "the other process's GPU has less"
 
 
 def test_several_gpus_want_a_launcher(monkeypatch):

@@ -1,16 +1,19 @@
 """What is quantised, what is adapted, and what is refused."""
 
 import re
+from types import MethodType
 
 import bitsandbytes
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
 from sft_phi3v import model as model_module
-from sft_phi3v.model import landing_table, load_config, load_model, load_processor, lora_config
+from sft_phi3v import run
+from sft_phi3v.model import kernels_line, landing_table, load_config, load_model, load_processor, lora_config
 from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM
 from sft_phi3v.recipe import load_recipe
 
@@ -206,3 +209,38 @@ def test_flash_attention_can_be_asked_for(write_recipe):
     # Not "does not support": only the package is missing.
     with pytest.raises(ImportError, match=r"FlashAttention2.*installed"):
         load_model(load_recipe([write_recipe(**keys)]))
+
+
+def test_kernels_are_asked_for_by_who_trains_and_nobody_else(write_recipe, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Phi3VForCausalLM, "set_use_kernels", lambda self, given, *_: asked.append(given))
+    recipe = load_recipe([write_recipe(use_kernels=True)])
+    load_model(recipe)
+    model_module.load_named(recipe, str(recipe.model.model_name_or_path))
+    assert asked == [False, False]
+    load_model(recipe, kernels=True)
+    assert asked[2:] == [True]
+    monkeypatch.setattr(run, "check_kernels", lambda recipe: None)
+    with pytest.raises(ValueError, match="`use_kernels: true` changed none of the 5 norms"):
+        run.set_up(recipe)
+    assert asked[3:] == [True], "the run asks for them"
+
+
+def test_kernels_that_are_used_are_counted(write_recipe, monkeypatch):
+    """`kernelize` is not here: it gives each layer another `forward`, or the same one again where it has none."""
+    model = load_model(load_recipe([write_recipe()]))
+    kernelized = []
+
+    def kernelize(self, given):
+        kernelized.append(self.training)
+        for name, module in self.named_modules():
+            if isinstance(module, Phi3RMSNorm):
+                forward = (lambda self, x: x) if "layers" in name else type(module).forward
+                module.forward = MethodType(forward, module)
+
+    monkeypatch.setattr(Phi3VForCausalLM, "set_use_kernels", kernelize)
+    model._use_kernels = True
+    assert kernels_line(get_peft_model(model, LoraConfig(target_modules=["qkv_proj"]))).startswith(
+        "kernels: 4 of 5 norms are fused"
+    )
+    assert kernelized == [True, False] and not model.training

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from peft import get_peft_model
+from PIL import Image
 from safetensors.torch import load_file
 from trl.trainer.utils import add_fused_lm_head
 
@@ -35,7 +35,9 @@ def example(row, *turns, images=()):
 EXAMPLES = [
     example(0, "What is shown in this image?", "A red coat.", images=[picture(400, 300, 0)]),
     example(1, "Hello?", "Yes."),
-    example(2, "Two of them.", "A hat, a scarf.", "Which?", "The hat and nothing else.", images=[picture(90, 700, 1)] * 2),
+    example(
+        2, "Two of them.", "A hat, a scarf.", "Which?", "The hat and nothing else.", images=[picture(90, 700, 1)] * 2
+    ),
     example(3, "And this one?", "An umbrella.", images=[picture(300, 300, 2)]),
 ]
 

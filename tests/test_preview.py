@@ -137,7 +137,7 @@ def test_what_is_no_table_is_refused(write_recipe, tmp_path, capsys, name, messa
 
 
 def test_training_does_not_read_sizes(write_recipe, catalogue, capsys, monkeypatch):
-    def stop(recipe):
+    def stop(recipe, **_):
         raise ValueError("far enough")
 
     monkeypatch.setattr(run, "load_model", stop)

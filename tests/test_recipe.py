@@ -77,6 +77,7 @@ def test_our_own_keys_are_these():
     assert ours == [
         *("prompt", "answer", "image_column", "num_crops", "held_out", "overlong", "nonfinite", "adapt"),
         *("eval_rows", "generation_rows", "max_new_tokens", "generation_batch_size", "max_tokens_per_batch"),
+        *("checkpointed_layers", "use_kernels"),
     ]
     of_preview = [field.name for field in dataclasses.fields(PreviewArguments)]
     assert of_preview == ["sizes", "gpu", "gpus", "gpu_price", "efficiency"]
@@ -110,11 +111,15 @@ def test_the_lists_of_keys_match_the_installed_libraries():
 def test_the_command_line_overrides_the_file():
     argv = ["--num_crops", "4", "--lora-r=8", "--learning_rate", "1e-3", "--adapt", "projector", "vision_tower"]
     argv += ["--use_peft", "--max_steps", "-1", "--optim_args", "a=b", "--report_to", "none", "--max_length", "null"]
+    argv += ["--checkpointed_layers", "5"]
     recipe = load("num_crops: 16\nmax_length: 9\n", *argv)
     assert (recipe.task.num_crops, recipe.model.lora_r, recipe.training.learning_rate) == (4, 8, 1e-3)
     assert recipe.task.adapt == ["projector", "vision_tower"] and recipe.model.use_peft is True
     assert (recipe.training.max_steps, recipe.training.max_length, recipe.training.report_to) == (-1, None, [])
     assert recipe.training.optim_args == "a=b"
+    assert recipe.task.checkpointed_layers == 5 and load("", "--checkpointed_layers", "auto") == load(
+        "checkpointed_layers: auto\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,6 +147,9 @@ def test_typed_text_stays_as_it_was_typed(text):
         ("resume_from_checkpoint: false", "resume_from_checkpoint", "false"),
         ("train_sampling_strategy: sequential", "train_sampling_strategy", "sequential"),
         ("use_peft: true\ndtype: bfloat16", "dtype", "bfloat16"),
+        ("checkpointed_layers: auto", "checkpointed_layers", "auto"),
+        ("checkpointed_layers: '12'", "checkpointed_layers", 12),
+        ("checkpointed_layers: null", "checkpointed_layers", None),
     ],
 )
 def test_what_a_file_may_say(line, key, value):
@@ -154,6 +162,14 @@ def test_what_a_file_may_say(line, key, value):
         ("lora_r: 16.5", "a.yaml: `lora_r` is 16.5, expected a whole number."),
         ("lora_r: true", "`lora_r` is True, expected a whole number."),
         ("num_crops: [1]", "`num_crops` is [1], expected a whole number or null."),
+        ("checkpointed_layers: most", "`checkpointed_layers` is 'most', expected a whole number or auto or null."),
+        ("checkpointed_layers: true", "`checkpointed_layers` is True, expected a whole number or auto or null."),
+        ("checkpointed_layers: -1", "`checkpointed_layers` is -1, expected 0 or more, or auto."),
+        ("checkpointed_layers: 3\nactivation_checkpointing: false", "which is for none. Keep one of them."),
+        (
+            "checkpointed_layers: auto\nactivation_checkpointing_kwargs: {every_n_layers: 2}",
+            "`checkpointed_layers` and `every_n_layers` both say how many layers recompute.",
+        ),
         ("num_crops: 0", "`num_crops` is 0, expected 1 or more."),
         ("held_out: 1.5", "`held_out` is 1.5, expected a share"),
         ("held_out: 0", "`held_out` is 0, expected a share"),
@@ -184,6 +200,11 @@ def test_what_a_file_may_say(line, key, value):
         ("packing: true", "`packing: True` is refused: a picture's tokens"),
         ("assistant_only_loss: true", "is refused: the collator supervises"),
         ("completion_only_loss: false", "is refused: the collator supervises"),
+        (
+            "use_liger_kernel: true",
+            "`use_liger_kernel: True` is refused: Liger knows no phi3_v",
+        ),
+        ("liger_kernel_config: {rms_norm: true}", "is refused: Liger knows no phi3_v"),
         ("streaming: true", "is refused: write `dataset_streaming`, which goes for `datasets` too"),
         ("test_split_size: 0.1", "is refused: write `held_out`"),
         ("dataset_streaming: true\nauto_find_batch_size: true", "rows are shared out by the batch"),
@@ -339,7 +360,7 @@ def test_a_resumed_run_may_change_these_keys():
     """A key belongs here only if a run that goes on with another value of it is still the run that its recipe names."""
     ours = {field.name for field in dataclasses.fields(TaskArguments)}
     assert " ".join(sorted(key for key in {*TRL_KEYS, *ours, "env"} if RESUMABLE.fullmatch(key))) == (
-        "dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers "
+        "checkpointed_layers dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers "
         "dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor disable_tqdm env "
         "eval_steps eval_strategy generation_batch_size gradient_accumulation_steps hub_always_push hub_model_id "
         "hub_private_repo hub_revision hub_strategy hub_token logging_first_step logging_nan_inf_filter "

@@ -221,7 +221,7 @@ def test_text_only_and_picture_rows_train_together(write_recipe, tmp_path, pictu
 
 def test_overlong_rows_are_refused_or_dropped_before_the_model_is_loaded(write_recipe, tmp_path, capsys, monkeypatch):
     data = conversations(tmp_path / "text", [40, 2, 3, 1, 4, 5, 50, 6])  # held out with this seed: row 3
-    monkeypatch.setattr(run, "load_model", lambda recipe: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(run, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     keys = {"dataset_name": data, "answer": None, "held_out": 1, "max_length": 60}
     with pytest.raises(SystemExit, match=r"max_length: \d of \d rows are longer than 60 tokens"):
         run.main([write_recipe(**keys)])
@@ -421,7 +421,7 @@ def test_rows_of_several_data_sets_with_odd_text_end_in_a_card(write_recipe, pic
 def test_a_metric_that_cannot_choose_the_best_model_is_refused_before_it_is_loaded(
     keys, expected, write_recipe, monkeypatch
 ):
-    monkeypatch.setattr(run, "load_model", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(run, "load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match=f"error: `metric_for_best_model.*{expected}"):
         run.main([write_recipe(**keys, eval_strategy="steps", eval_steps=1)])
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -264,7 +265,7 @@ def test_a_recipe_may_change_where_nothing_was_learned_yet(recipe, tmp_path, mon
 
 
 def test_a_signal_before_training_ends_the_run_at_once(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "load_model", lambda recipe: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(run, "load_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as end:
         run.main([recipe()])
     assert end.value.code == 75
@@ -305,3 +306,83 @@ def test_too_little_memory_is_answered_with_what_helps_most(recipe, monkeypatch,
     said = str(end.value)
     assert said.startswith("error: The GPU's memory was not enough: a step of this recipe takes some ")
     assert "per_device_train_batch_size" in said and "What helps most:" in said
+
+
+def layer_counts(monkeypatch):
+    """How often each layer was computed: of decoder and CLIP, in training. They are counted inside the checkpoint."""
+    calls = {"decoder": Counter(), "vision": Counter()}
+    watch = trainer.Trainer.watch
+
+    def hooked(self, *args):
+        watch(self, *args)
+        parts = self.model.get_base_model().model if hasattr(self.model, "get_base_model") else self.model.model
+        for part, layers, norm in (
+            ("decoder", parts.language_model.layers, "input_layernorm"),
+            ("vision", parts.vision_tower.encoder.layers, "layer_norm1"),
+        ):
+            for index, layer in enumerate(layers):
+                layer.get_submodule(norm).register_forward_hook(
+                    lambda module, *_, part=part, index=index: calls[part].update([index] * module.training)
+                )
+
+    monkeypatch.setattr(trainer.Trainer, "watch", hooked)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"adapt": ["language_model", "vision_tower"]},
+        {"use_peft": None, "load_in_4bit": None, "adapt": None, "lora_dropout": None, "max_steps": 2},
+    ],
+    ids=["QLoRA", "LoRA in CLIP too", "full"],
+)
+def test_so_many_layers_recompute_and_nothing_else_changes(recipe, tmp_path, monkeypatch, keys):
+    with monkeypatch.context() as patch:
+        seen = layer_counts(patch)
+        run.main([recipe(activation_checkpointing=False, output_dir=str(tmp_path / "off"), **keys)])
+    plain, steps = load(tmp_path / "off"), seen["decoder"][0]
+    assert plain[0] and steps
+    layers = len(seen["decoder"])
+    for count in (0, 1, layers):
+        with monkeypatch.context() as patch:
+            seen = layer_counts(patch)
+            folder = tmp_path / str(count)
+            run.main([recipe(checkpointed_layers=count, output_dir=str(folder), **keys)])
+        assert seen["decoder"] == {index: steps * (2 if index < count else 1) for index in range(layers)}
+        trained = keys.get("use_peft", True) is None or "vision_tower" in (keys.get("adapt") or [])
+        assert set(seen["vision"].values()) == {steps * (2 if trained else 1)}, "CLIP's are as they were"
+        weights, losses = load(folder)
+        assert losses == plain[1]
+        assert weights.keys() == plain[0].keys()
+        assert all(torch.equal(weight, plain[0][name]) for name, weight in weights.items())
+
+
+def load(folder):
+    """What was trained, and the loss and the norm of the gradients of each step."""
+    files = sorted(folder.glob("*model*.safetensors"))
+    weights = {name: weight for file in files for name, weight in load_file(file).items()}
+    return weights, (history(folder, "loss"), history(folder, "grad_norm"))
+
+
+def test_auto_recomputes_as_few_layers_as_fit_and_says_so(recipe, tmp_path, monkeypatch, capsys):
+    seen = layer_counts(monkeypatch)
+    path = recipe(checkpointed_layers="auto")
+    run.main([path])
+    layers = len(seen["decoder"])
+    assert f"checkpointing: 0 of {layers} decoder layers recompute; estimated 0." in capsys.readouterr().out
+    assert len(set(seen["decoder"].values())) == 1
+    # On a smaller machine the same recipe goes on with more.
+    monkeypatch.setattr(run, "free_memory", lambda: 1_000_000)
+    seen["decoder"].clear()
+    run.main([path, "--max_steps", "6", "--resume_from_checkpoint", "true"])
+    said = capsys.readouterr().out
+    assert f"checkpointing: {layers} of {layers} decoder layers recompute" in said
+    assert "of 0.0 GB, which leaves less than 10% over" in said
+    assert set(seen["decoder"].values()) == {2}, "one step more, each layer twice"
+
+
+def test_more_layers_than_there_are_is_said(recipe):
+    with pytest.raises(SystemExit, match=r"`checkpointed_layers` is 99, expected 0 to 4: the decoder has 4 layers."):
+        run.main([recipe(checkpointed_layers=99)])

@@ -38,7 +38,13 @@ class Phi3VPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Phi3DecoderLayer", "Phi3VLastLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings", "Phi3VProjector"]
+    _no_split_modules = [
+        "Phi3DecoderLayer",
+        "Phi3VLastLayer",
+        "CLIPEncoderLayer",
+        "CLIPVisionEmbeddings",
+        "Phi3VProjector",
+    ]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -100,7 +106,7 @@ class Phi3VProjector(nn.Module):
 
 
 class Phi3VLastLayer(Phi3DecoderLayer):
-    """The decoder's last layer: behind its attention no position needs another, and only what is asked for is computed."""
+    """The decoder's last layer: behind attention no position needs another, and what nobody asks for is left out."""
 
     def forward(
         self, hidden_states: torch.Tensor, *, kept_positions: torch.Tensor | None = None, **kwargs: Any
