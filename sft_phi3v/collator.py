@@ -58,13 +58,13 @@ class Collator:
 
         Returns:
             `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels`, int64 `(batch, length)`, or what
-            [`flattened`] makes of them; where any row has a picture also `pixel_values`, float32
-            `(crops, 3, 336, 336)`, and `image_sizes`, `(pictures, 2)`.
+            [`flattened`] makes of them; where any row has a picture also `pixel_values`, uint8 `(local crops, 3, 336,
+            336)`, which the model normalises, and `image_sizes`, `(pictures, 2)`.
 
         Raises:
             ValueError: If a row is longer than `max_length`, has nothing to learn, or its picture cannot be read.
         """
-        batch = self._tokenize(examples, padding=True, return_tensors="pt")
+        batch = self._tokenize(examples, padding=True, return_tensors="pt", do_normalize=False)
         supervised = batch.pop("assistant_masks").bool()
         labels = batch["input_ids"].masked_fill(~supervised, IGNORED)
         for example, mask, found in zip(examples, batch["attention_mask"], supervised, strict=True):

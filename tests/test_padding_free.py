@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sft_phi3v import run
 from sft_phi3v.collator import IGNORED, Collator, only_supervised, row_numbers
 from sft_phi3v.model import load_model, lora_config
 from sft_phi3v.phi3_v import SDPA_BY_ROW, Phi3VForCausalLM, Phi3VProcessor
+from sft_phi3v.phi3_v.modeling_phi3_v import Phi3VModel
 from sft_phi3v.recipe import load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -168,7 +170,35 @@ def test_vision_in_batches_changes_nothing(processor):
     model.model.vision_tower.embeddings.register_forward_pre_hook(lambda _, crops: seen.append(len(crops[0])))
     model.model.vision_batch_size = 3
     assert_close(step(model, batch), expected)
-    assert max(seen) == 3 and sum(seen) == len(batch["pixel_values"])
+    assert max(seen) == 3 and sum(seen) == len(batch["pixel_values"]) + len(batch["image_sizes"])
+
+
+def test_bytes_are_what_pixels_are(processor):
+    """The model normalises them, and makes the global crops, to the same bits."""
+    pictures = [picture(400, 300, 0), picture(90, 700, 1), picture(300, 300, 2)]
+    for num_crops in (1, 2, 4, 16):
+        as_pixels = processor.image_processor(pictures, num_crops=num_crops)
+        as_bytes = processor.image_processor(pictures, num_crops=num_crops, do_normalize=False)
+        assert as_bytes["pixel_values"].dtype == torch.uint8
+        assert len(as_bytes["pixel_values"]) == len(as_pixels["pixel_values"]) - len(pictures)
+        seen = []
+        model = SimpleNamespace(
+            vision_batch_size=None, _vision_features=seen.append, _merge_patches=lambda _: torch.zeros(1)
+        )
+        model.multi_modal_projector = lambda _: None
+        model.multi_modal_projector.arrange = lambda *_: None
+        for one in (as_pixels, as_bytes):
+            Phi3VModel.get_image_features(model, one["pixel_values"], one["image_sizes"])
+        assert torch.equal(*seen)
+
+
+def test_bytes_of_other_pictures_are_refused(processor):
+    model = model_of("sdpa")
+    batch = Collator(processor)(EXAMPLES)
+    with pytest.raises(ValueError, match=r"pixel_values hold .* crops, but image_sizes"):
+        model(**{**batch, "pixel_values": batch["pixel_values"][1:]})
+    with pytest.raises(ValueError, match="the model would normalise with"):
+        processor.image_processor([EXAMPLES[0]["images"][0]], do_normalize=False, image_mean=[0.5, 0.5, 0.5])
 
 
 RUN = {

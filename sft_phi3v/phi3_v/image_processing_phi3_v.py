@@ -19,6 +19,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, load_ima
 from transformers.processing_utils import ImagesKwargs
 
 CROP = 336
+MEAN, STD = tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)
 
 
 class Phi3VImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -59,24 +60,32 @@ class Phi3VImageProcessor(PilBackend):
         image_mean: tuple[float, ...],
         image_std: tuple[float, ...],
         return_tensors: str | None = None,
+        do_normalize: bool | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
         Args:
             images (`list[PIL.Image.Image]`): RGB pictures.
             num_crops (`int`): Largest number of local crops per picture.
+            do_normalize (`bool`, *optional*): `False` leaves to the model what it can do on its device.
 
         Returns:
             `BatchFeature`: `pixel_values`, float32 `(crops, 3, 336, 336)`, the crops of all pictures one after the
-            other, global crop first; `image_sizes`, int64 `(pictures, 2)`, height and width of each padded picture in
-            pixels; `num_img_tokens`, `list[int]`, image features per picture.
+            other, global crop first; or with `do_normalize=False` uint8, the local crops alone. `image_sizes`, int64
+            `(pictures, 2)`, height and width of each padded picture in pixels; `num_img_tokens`, `list[int]`, image
+            features per picture.
         """
         cut = [local_crops(hd_transform(image, num_crops)) for image in images]
         grids = [(len(one), len(one[0])) for one in cut]
-        numbers = [1 + rows * columns for rows, columns in grids]
-        pixels = torch.empty(sum(numbers), 3, CROP, CROP)  # written where they stay: 23 MB a picture at 16 crops
-        for one, out in zip(cut, pixels.split(numbers), strict=True):
-            normalised(one, mean=image_mean, std=image_std, out=out)
+        if do_normalize is False:
+            if (tuple(image_mean), tuple(image_std)) != (MEAN, STD):
+                raise ValueError(f"do_normalize=False: the model would normalise with {MEAN} and {STD}, not as said.")
+            pixels = torch.cat([one.flatten(0, 1) for one in cut])
+        else:
+            numbers = [1 + rows * columns for rows, columns in grids]
+            pixels = torch.empty(sum(numbers), 3, CROP, CROP)  # written where they stay: 23 MB a picture at 16 crops
+            for one, out in zip(cut, pixels.split(numbers), strict=True):
+                normalised(one, mean=image_mean, std=image_std, out=out)
         data: dict[str, Any] = {
             "pixel_values": pixels,
             "image_sizes": torch.tensor(grids, dtype=torch.int64).reshape(-1, 2) * CROP,
@@ -173,15 +182,19 @@ def local_crops(padded: Image.Image) -> torch.Tensor:
 
 
 def normalised(
-    local: torch.Tensor, *, mean: Sequence[float], std: Sequence[float], out: torch.Tensor | None = None
+    local: torch.Tensor,
+    *,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     What the model sees of one picture, on the device that its crops are on.
 
     Args:
         local (`torch.Tensor`): uint8 `(rows, columns, 3, 336, 336)`, from [`local_crops`].
-        mean (sequence of `float`): Of each channel, on a scale from 0 to 1.
-        std (sequence of `float`): Of each channel.
+        mean (sequence of `float`, *optional*): Of each channel, on a scale from 0 to 1; CLIP's by default.
+        std (sequence of `float`, *optional*): Of each channel.
         out (`torch.Tensor`, *optional*): Where to write it, contiguous.
 
     Returns:

@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple
 
 from sft_phi3v.phi3_v.attention import SDPA_BY_ROW
 from sft_phi3v.phi3_v.configuration_phi3_v import Phi3VConfig
-from sft_phi3v.phi3_v.image_processing_phi3_v import CROP
+from sft_phi3v.phi3_v.image_processing_phi3_v import CROP, normalised
 
 
 class Phi3VPreTrainedModel(PreTrainedModel):
@@ -152,7 +152,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(crops, 3, 336, 336)`):
                 Crops of all pictures. The original's padded form `(pictures, crops, 3, 336, 336)` is accepted too; its
-                padding crops are dropped.
+                padding crops are dropped. Bytes (uint8) are the local crops alone: the global ones are made here.
             image_sizes (`torch.Tensor` of shape `(pictures, 2)`): Height and width of each padded picture, in pixels.
 
         Returns:
@@ -162,7 +162,9 @@ class Phi3VModel(Phi3VPreTrainedModel):
             ValueError: If the number of crops is not the one that `image_sizes` calls for.
         """
         sizes = [(int(height), int(width)) for height, width in image_sizes.tolist()]
-        counts = [(height // CROP) * (width // CROP) + 1 for height, width in sizes]
+        grids = [(height // CROP, width // CROP) for height, width in sizes]
+        as_bytes = pixel_values.dtype == torch.uint8
+        counts = [rows * columns + (not as_bytes) for rows, columns in grids]
         if pixel_values.ndim == 5:
             pixel_values = torch.cat([crops[:count] for crops, count in zip(pixel_values, counts, strict=True)])
         if len(pixel_values) != sum(counts):
@@ -170,6 +172,9 @@ class Phi3VModel(Phi3VPreTrainedModel):
                 f"pixel_values hold {len(pixel_values)} crops, but image_sizes {sizes} call for {sum(counts)}: "
                 "they do not belong to the same pictures."
             )
+        if as_bytes:
+            crops = zip(grids, pixel_values.split(counts), strict=True)
+            pixel_values = torch.cat([normalised(local.unflatten(0, grid)) for grid, local in crops])
         batches = pixel_values.split(self.vision_batch_size or len(pixel_values))
         merged = torch.cat([self._merge_patches(self._vision_features(crops)) for crops in batches])
         return self.multi_modal_projector(self.multi_modal_projector.arrange(merged, sizes))

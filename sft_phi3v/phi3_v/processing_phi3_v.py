@@ -122,6 +122,7 @@ class Phi3VProcessor(ProcessorMixin):
         return_tensors: str | None = None,
         return_offsets_mapping: bool = False,
         return_pixel_values: bool = True,
+        do_normalize: bool | None = None,
         expand_image_tokens: bool = True,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -141,12 +142,15 @@ class Phi3VProcessor(ProcessorMixin):
             return_tensors (`str`, *optional*): "pt" for tensors; lists otherwise (pixels are tensors in any case).
             return_pixel_values (`bool`, *optional*, defaults to `True`):
                 `False` gives the ids alone, from the sizes of the pictures: nothing is decoded.
+            do_normalize (`bool`, *optional*):
+                `False` gives pixels as bytes, a fifth of the memory, which the model normalises on its device.
             expand_image_tokens (`bool`, *optional*, defaults to `True`):
                 `False` gives one image token per picture, for who only counts: thousands of equal ids say no more.
 
         Returns:
             `BatchFeature`: `input_ids` and `attention_mask`, `(batch, length)`; with pictures also `pixel_values`,
-            float32 `(crops, 3, 336, 336)`, and `image_sizes`, int64 `(pictures, 2)`, in the order of appearance.
+            float32 `(crops, 3, 336, 336)`, or as bytes the local ones of them, and `image_sizes`, int64
+            `(pictures, 2)`, in the order of appearance.
 
         Raises:
             ValueError: If tags and pictures do not match one to one.
@@ -172,7 +176,7 @@ class Phi3VProcessor(ProcessorMixin):
                     ids["offset_mapping"] = ids["offset_mapping"][:max_length]
         batch = self._pad(encoded, padding, padding_side, pad_to_multiple_of, max_length, return_offsets_mapping)
         if return_pixel_values and any(pictures):
-            batch |= self._pixels(pictures, [row["order"] for row in encoded], num_crops)
+            batch |= self._pixels(pictures, [row["order"] for row in encoded], num_crops, do_normalize)
         # apply_chat_template() asks for offsets to mark what is supervised, and goes through them row by row.
         if isinstance(text, str) and return_tensors is None and not pictures[0] and not return_offsets_mapping:
             batch = {key: value[0] for key, value in batch.items()}  # one text in, one row out, as tokenizers do
@@ -244,10 +248,12 @@ class Phi3VProcessor(ProcessorMixin):
                 )
         return batch
 
-    def _pixels(self, pictures: list[list[Image]], orders: list[list[int]], num_crops: int | None) -> dict[str, Any]:
+    def _pixels(
+        self, pictures: list[list[Image]], orders: list[list[int]], num_crops: int | None, do_normalize: bool | None
+    ) -> dict[str, Any]:
         """Crops and sizes of all rows, pictures in the order of appearance; one that is named twice comes twice."""
         shown = [row[picture] for row, order in zip(pictures, orders, strict=True) for picture in order]
-        found = self.image_processor(shown, **_given(num_crops=num_crops))
+        found = self.image_processor(shown, **_given(num_crops=num_crops, do_normalize=do_normalize))
         return {"pixel_values": found["pixel_values"], "image_sizes": found["image_sizes"]}
 
     def apply_chat_template(self, conversation: Any, *args: Any, tokenize: bool = False, **kwargs: Any) -> Any:
