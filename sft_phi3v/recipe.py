@@ -665,7 +665,9 @@ def differences(saved: Path, recipe: Recipe) -> list[str]:
     """
     if not saved.is_file():
         return []
-    before, now = read_yaml(str(saved)), recipe.dump()
+    now = recipe.dump()
+    # A key that is newer than the run: the run went by what is now its default.
+    before = {key: value for key, value in vars(TaskArguments()).items() if key in now} | read_yaml(str(saved))
     return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 

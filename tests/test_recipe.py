@@ -22,6 +22,7 @@ from sft_phi3v.recipe import (
     ScoringArguments,
     TaskArguments,
     as_text,
+    differences,
     help_text,
     load_recipe,
 )
@@ -368,6 +369,16 @@ def test_a_resumed_run_may_change_these_keys():
         "per_device_train_batch_size push_to_hub report_to run_name save_steps "
         "save_strategy save_total_limit"
     )
+
+
+def test_a_run_that_is_older_than_a_key_went_by_its_default():
+    recipe = load()
+    saved = recipe.save("out")
+    assert differences(saved, recipe) == []
+    older = "".join(line for line in saved.read_text().splitlines(True) if not line.startswith("use_kernels"))
+    saved.write_text(older)
+    assert "use_kernels" not in older and differences(saved, recipe) == []
+    assert differences(saved, load("use_kernels: true")) == ["use_kernels"]
 
 
 def test_what_others_may_read_of_a_recipe_names_nothing_of_this_machine(write_recipe, tmp_path, monkeypatch):
