@@ -29,7 +29,7 @@ LAYERS = [
     ["recipe", "activations", "catalogue", "charts", "fetch", "splitting", "vllm_plugin"],
     ["data", "collator", "model", "pictures", "samples", "engine", "checkpoints", "machine", "interruption"],
     ["streaming", "checking", "estimate"],
-    ["deciding", "fit"],
+    ["deciding", "fit", "features"],
     ["prepare", "preview", "scoring"],
     ["evaluation"],
     ["tracking"],
