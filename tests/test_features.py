@@ -251,7 +251,7 @@ def adapter(folder):
 
 
 def test_a_run_learns_the_same_and_goes_on_where_the_cache_is_gone(recipe, tmp_path, monkeypatch, capsys):
-    keys = {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    keys = {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "num_crops": 1}
     run.main([recipe(**keys, output_dir=str(tmp_path / "plain"), feature_cache=None)])
     path = recipe(**keys, output_dir=str(tmp_path / "whole"))
     run.main([path])
