@@ -97,16 +97,16 @@ def finish(aside: Path, target: Path) -> None:
     (aside / WHOLE).unlink(missing_ok=True)
     write_whole(aside / WHOLE, json.dumps(file_hashes(aside, "**/*"), indent=1) + "\n")
     for path in [*aside.rglob("*"), aside]:
-        _flush(path)
+        flush(path)
     replaced = aside.with_name(f"replaced-{target.name}")
     if target.exists():
         os.replace(target, replaced)
     os.replace(aside, target)
-    _flush(target.parent)
+    flush(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """A rename must not reach the disk before what it names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -115,7 +115,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_room(folder: Path, needed: int, what: str) -> None:
+def check_room(folder: Path, needed: int, what: str, *, key: str = "output_dir") -> None:
     """
     Refuses to write what will not fit.
 
@@ -123,16 +123,21 @@ def check_room(folder: Path, needed: int, what: str) -> None:
         folder (`Path`): Where it will lie.
         needed (`int`): Bytes.
         what (`str`): What it is, in words.
+        key (`str`, *optional*, defaults to `"output_dir"`): The recipe key that names the folder.
 
     Raises:
         ValueError: If the disk has less room.
     """
-    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
-    if free < needed:
+    if (free := room(folder)) < needed:
         raise ValueError(
-            f"`output_dir` {str(folder)!r}: {what} takes {needed / 1e6:,.1f} MB, and its disk has {free / 1e6:,.1f} MB "
-            "left. Make room, or give an `output_dir` on another disk; the same command then goes on."
+            f"`{key}` {str(folder)!r}: {what} takes {needed / 1e6:,.1f} MB, and its disk has {free / 1e6:,.1f} MB "
+            f"left. Make room, or give another `{key}`, on another disk; the same command then goes on."
         )
+
+
+def room(folder: Path) -> int:
+    """Bytes left on the disk that a folder lies on, or will lie on."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 
 
 @contextlib.contextmanager
@@ -242,12 +247,13 @@ def _newest_whole(candidates: list[Path], *, named: bool) -> Path | None:
     return None
 
 
-def check_shared(folder: Path) -> None:
+def check_shared(folder: Path, *, key: str = "output_dir") -> None:
     """
     Refuses an `output_dir` that the other machines of a run do not see: they could not go on from its checkpoints.
 
     Args:
         folder (`Path`): `output_dir`, made if need be.
+        key (`str`, *optional*, defaults to `"output_dir"`): The recipe key that names the folder.
 
     Raises:
         ValueError: On the machines that do not share it.
@@ -265,7 +271,7 @@ def check_shared(folder: Path) -> None:
     if state.is_main_process:
         (folder / name).unlink()
     if not seen:
-        raise ValueError(f"`output_dir` {str(folder)!r} on {socket.gethostname()} is not process 0's. {SHARED}")
+        raise ValueError(f"`{key}` {str(folder)!r} on {socket.gethostname()} is not process 0's. {SHARED}")
 
 
 def check_output_dir(recipe: Recipe) -> list[Path]:

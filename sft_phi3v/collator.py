@@ -11,6 +11,7 @@ wrote. Ids are never searched (user text may look like a header), and the paddin
 an end-of-text token).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +43,16 @@ class Collator:
         max_length (`int`, *optional*): Longest row allowed, in tokens; a longer one is an error, never cut.
         pad_to_multiple_of (`int`, *optional*): Rounds the padded length up.
         padding_free (`bool`, *optional*): Whether rows lie behind each other in a batch of one ([`flattened`]).
+        features (`Callable`, *optional*):
+            Gives the `image_features` and `image_sizes` of examples, in place of pixels; their pictures are not decoded
+            ([`~sft_phi3v.features.Features`]).
     """
 
     processor: Phi3VProcessor
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     padding_free: bool = False
+    features: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
@@ -59,12 +64,16 @@ class Collator:
         Returns:
             `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels`, int64 `(batch, length)`, or what
             [`flattened`] makes of them; where any row has a picture also `pixel_values`, uint8 `(local crops, 3, 336,
-            336)`, which the model normalises, and `image_sizes`, `(pictures, 2)`.
+            336)`, which the model normalises, and `image_sizes`, `(pictures, 2)`; with `features` these in place of
+            `pixel_values`.
 
         Raises:
             ValueError: If a row is longer than `max_length`, has nothing to learn, or its picture cannot be read.
         """
-        batch = self._tokenize(examples, padding=True, return_tensors="pt", do_normalize=False)
+        pixels = {"do_normalize": False, "return_pixel_values": self.features is None}
+        batch = self._tokenize(examples, padding=True, return_tensors="pt", **pixels)
+        if self.features is not None:
+            batch |= self.features(examples)
         supervised = batch.pop("assistant_masks").bool()
         labels = batch["input_ids"].masked_fill(~supervised, IGNORED)
         for example, mask, found in zip(examples, batch["attention_mask"], supervised, strict=True):

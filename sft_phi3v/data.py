@@ -223,11 +223,11 @@ class Pictures:
     What [`check_rows`] knows of a row's pictures.
 
     Args:
-        digests (`frozenset[bytes]`): Of their files, by which equal ones are found; none where there are only sizes.
+        digests (`tuple[bytes, ...]`): Of their files, by which equal ones are found; none where there are only sizes.
         sizes (`tuple[tuple[int, int], ...]`): Width and height of each, upright, in pixels.
     """
 
-    digests: frozenset[bytes]
+    digests: tuple[bytes, ...]
     sizes: tuple[tuple[int, int], ...]
 
 
@@ -287,7 +287,7 @@ def check_rows(dataset: Dataset, recipe: Recipe) -> list[Pictures]:
                 if any(MARKUP.search(part.get("text", "")) for part in parts):
                     marked.append(row[ROW])
                 checked = [_check_picture(picture) for picture in reader.pictures(row)]
-                digests = frozenset(digest for digest, _ in checked if digest)
+                digests = tuple(digest for digest, _ in checked if digest)
                 found.append(Pictures(digests, tuple(size for _, size in checked)))
                 if reader.answer and not reader.answer.reads_back(row):
                     unread.append(row[ROW])

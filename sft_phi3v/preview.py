@@ -26,11 +26,12 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from sft_phi3v.batches import Plan, plan_batches
-from sft_phi3v.checkpoints import check_output_dir
+from sft_phi3v.checkpoints import check_output_dir, room
 from sft_phi3v.collator import IGNORED, Collator, Lengths
 from sft_phi3v.data import ROW, Pictures, Sized, check_rows, load_sizes, load_splits, sized_examples, to_examples
-from sft_phi3v.estimate import Shape
-from sft_phi3v.fit import find_gpu, fit_report
+from sft_phi3v.estimate import GB, Setting, Shape, weights_of
+from sft_phi3v.features import cache_bytes, distinct, verdict
+from sft_phi3v.fit import find_gpu, fit_report, flops_per_row
 from sft_phi3v.machine import check_kernels, check_machine
 from sft_phi3v.model import load_config, load_processor
 from sft_phi3v.recipe import Recipe, load_recipe
@@ -53,6 +54,8 @@ class Prepared:
             (`leakage`; `None` for a stream, which is not read through); `histograms` of tokens and picture sizes; the
             `supervised_share` of all tokens; and one `example` as the model reads it ([`runs_of`]).
         lengths (`list[Lengths]`): Of the rows to train on; of a stream, of its first rows.
+        pictures (`list[Pictures]`): Of the rows to train on; of a stream, of its first rows.
+        held_out_pictures (`list[Pictures]`): Of the held-out rows.
         plan ([`~sft_phi3v.batches.Plan`], *optional*): Of the batches, with `max_tokens_per_batch`.
     """
 
@@ -61,6 +64,8 @@ class Prepared:
     held_out: Dataset
     overview: dict[str, Any]
     lengths: list[Lengths]
+    pictures: list[Pictures]
+    held_out_pictures: list[Pictures]
     plan: Plan | None = None
 
 
@@ -328,14 +333,14 @@ def prepare(recipe: Recipe, *, sizes: bool = False) -> Prepared:
         train, held_out = load_splits(recipe)
     collator = _collator(recipe)
     pictures, others = check_rows(train, recipe), check_rows(held_out, recipe)
-    digests, of_held_out = (
-        {row: one.digests for row, one in zip(rows[ROW][:], found, strict=True)}
-        for rows, found in ((train, pictures), (held_out, others))
+    of_train, of_held_out = (
+        dict(zip(rows[ROW][:], found, strict=True)) for rows, found in ((train, pictures), (held_out, others))
     )
     train, lengths = fitting(train, recipe, collator, pictures)
     held_out, _ = fitting(held_out, recipe, collator, others)
-    known = frozenset[bytes]().union(*(digests[row] for row in train[ROW][:]))
-    seen = [row for row in held_out[ROW][:] if of_held_out[row] & known]
+    pictures, others = [of_train[row] for row in train[ROW][:]], [of_held_out[row] for row in held_out[ROW][:]]
+    known = frozenset[bytes]().union(*(one.digests for one in pictures))
+    seen = [row for row, one in zip(held_out[ROW][:], others, strict=True) if known.intersection(one.digests)]
     total = len(train) if stream is None else len(stream)
     plan = planned(train, lengths, recipe)
     print_once(f"\n{data_table(lengths, total, len(held_out))}\n{steps_line(total, recipe, plan)}\n")
@@ -354,10 +359,10 @@ def prepare(recipe: Recipe, *, sizes: bool = False) -> Prepared:
     print_once(f"row {overview['example']['row']} as the model reads it ({legend}):")
     print_once(f"{masked_example(runs, colour=colour)}\n")
     if stream is None:
-        return Prepared(collator, train, held_out, overview, lengths, plan)
+        return Prepared(collator, train, held_out, overview, lengths, pictures, others, plan)
     if recipe.task.overlong == "drop" and collator.max_length is not None:
         stream.fits = partial(_fits, collator)
-    return Prepared(collator, stream, held_out, overview, lengths)
+    return Prepared(collator, stream, held_out, overview, lengths, pictures, others)
 
 
 def prepare_held_out(recipe: Recipe) -> tuple[Collator, Dataset]:
@@ -408,7 +413,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  ✗ {error}")
     if not {"model_name_or_path", rows} & set(missing):  # a machine without a GPU can look at the data
         try:
-            print(fit(recipe, prepare(recipe, sizes=True)))
+            prepared = prepare(recipe, sizes=True)
+            print(fit(recipe, prepared))
+            if recipe.task.feature_cache is not None:
+                print(f"\n{cache_report(recipe, prepared)}")
         except ValueError as error:
             raise SystemExit(f"error: {error}") from None
     if missing:
@@ -442,6 +450,25 @@ def fit(recipe: Recipe, prepared: Prepared) -> str:
 def _check_machine(recipe: Recipe) -> None:
     check_machine(recipe)
     check_kernels(recipe)
+
+
+def cache_report(recipe: Recipe, prepared: Prepared) -> str:
+    """What `feature_cache` takes on disk, and whether it pays, as far as sizes and operations tell."""
+    config, num_crops = load_config(recipe), prepared.collator.processor.image_processor.num_crops
+    sizes = distinct([*prepared.pictures, *prepared.held_out_pictures])
+    needed, folder = cache_bytes(recipe, config, sizes, num_crops), Path(str(recipe.task.feature_cache)).expanduser()
+    left = room(folder)
+    lines = [
+        f"feature_cache: {len(sizes):,} different pictures, at most {needed / GB:,.2f} GB in {folder} "
+        f"({'✓' if needed <= left else '✗ not enough:'} {left / GB:,.1f} GB left there)"
+    ]
+    setting, weights, shape = Setting.of(recipe), weights_of(config), Shape.mean(prepared.lengths, recipe, num_crops)
+    without = flops_per_row(setting, config, weights, replace(shape, crops=0, image_tokens=0))
+    saved = 1 - without / flops_per_row(setting, config, weights, shape)
+    epoch, total = steps(prepared.overview["rows"]["train"], recipe, prepared.plan)
+    # Features are made once, at what an epoch without them costs, and a little more for writing.
+    lines.append(f"  a step from features takes {saved:.0%} fewer operations: {verdict(2, total / epoch)}")
+    return "\n".join(lines)
 
 
 def _load(recipe: Recipe) -> None:

@@ -113,6 +113,13 @@ class TaskArguments:
             "numbers change a little. Other commands load the model without."
         },
     )
+    feature_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder that keeps the image features of all pictures, made once by the frozen vision tower and "
+            "projector, so that steps neither compute these nor decode pictures (docs/speed.md). null: none."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.held_out <= 0 or (self.held_out > 1 and self.held_out != int(self.held_out)):
@@ -409,10 +416,10 @@ _BATCH = ("max_tokens_per_batch", "per_device_train_batch_size")
 _PATHS = ("model_name_or_path", "dataset_name", "path", "source", "resume_from_checkpoint")
 _REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 
-# What a resumed run may change: how long it runs, what it shows and keeps, how rows are spread over devices, and what
-# is kept or computed again.
+# What a resumed run may change: how long it runs, what it shows and keeps, how rows are spread over devices, what is
+# kept or computed again, and where image features are kept, which are the same up to the rounding of another batch.
 RESUMABLE = re.compile(
-    r"nonfinite|max_steps|num_train_epochs|(logging|hub)_.*|save_(steps|strategy|total_limit)|dataloader_(?!drop_last).*|push_to_hub|report_to|run_name|disable_tqdm|"
+    r"nonfinite|feature_cache|max_steps|num_train_epochs|(logging|hub)_.*|save_(steps|strategy|total_limit)|dataloader_(?!drop_last).*|push_to_hub|report_to|run_name|disable_tqdm|"
     r"eval_strategy|eval_steps|per_device_(train|eval)_batch_size|gradient_accumulation_steps|generation_batch_size|"
     r"checkpointed_layers|"
     r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare|sizes|gpus?|gpu_price|efficiency|"
@@ -542,7 +549,7 @@ def public_keys(keys: Mapping[str, Any], paths: Collection[str] = ()) -> dict[st
         path = Path(value).expanduser()
         return path.name if path.is_absolute() or key == "output_dir" or value in local else value
 
-    left_out = {"env", "run_name", "push"}
+    left_out = {"env", "run_name", "push", "feature_cache"}
     left_out |= {item.name for part in (PreviewArguments, ScoringArguments, PublishArguments) for item in fields(part)}
     return {key: cleaned(key, value) for key, value in keys.items() if key not in left_out}
 
@@ -926,6 +933,14 @@ def _conflicts(settings: dict[str, Any], known: Mapping[str, Any]) -> Iterator[s
             yield "`checkpointed_layers` and `every_n_layers` both say how many layers recompute. Keep one of them."
     if "adapt" in settings and not settings.get("use_peft"):
         yield "`adapt` without `use_peft: true`: nothing would be adapted, every weight would be trained."
+    if settings.get("feature_cache") is not None:
+        trained = [part for part in settings.get("adapt", ()) if part in ("projector", "vision_tower")]
+        if not settings.get("use_peft"):
+            yield "`feature_cache` without `use_peft: true`: image features change with every weight. Remove it."
+        elif trained:
+            yield f"`feature_cache` with `adapt: {trained}`: image features change while these learn. Keep one of both."
+        if settings.get("dataset_streaming"):
+            yield "`feature_cache` with `dataset_streaming: true`: which pictures come is not known before. Keep one."
     if settings.get("train_sampling_strategy") == "group_by_length":
         reason = "it would read every row for its length. `max_tokens_per_batch` plans batches by length"
         yield f"`train_sampling_strategy: group_by_length` is refused: {reason}. Remove it."

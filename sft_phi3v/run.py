@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from peft import PeftModel
 from sft_phi3v.checkpoints import check_room, check_shared, claimed, finished, resumed_from, write_whole
 from sft_phi3v.data import to_examples
 from sft_phi3v.evaluation import Evaluation, identity, of_scored, trained_hashes
+from sft_phi3v.features import Examples, Part, cached
 from sft_phi3v.fit import settle_layers
 from sft_phi3v.hub import check_before_training
 from sft_phi3v.interruption import EXIT_CODE, INTERRUPTION, Halted, Interrupted
@@ -44,7 +46,7 @@ from sft_phi3v.model import (
 )
 from sft_phi3v.phi3_v import Phi3VConfig
 from sft_phi3v.prepare import prepare as prepare_data
-from sft_phi3v.preview import largest_batch, prepare, print_once
+from sft_phi3v.preview import Prepared, largest_batch, prepare, print_once, steps
 from sft_phi3v.recipe import Recipe, load_recipe, local_paths
 from sft_phi3v.streaming import Passing, Resume, Stream
 from sft_phi3v.tracking import Tracking
@@ -109,6 +111,8 @@ def set_up(recipe: Recipe) -> tuple[Trainer, Evaluation, Path | None]:
     print_once(f"{landing_table(trainer.model)}\n")
     if recipe.task.use_kernels:
         print_once(f"{kernels_line(trainer.model)}\n")
+    if recipe.task.feature_cache is not None:
+        _use_features(recipe, trainer, evaluation, prepared)
     if trainer.is_world_process_zero():
         recipe.save(str(recipe.training.output_dir))
         tracking.environment = _save_environment(recipe, trainer.model.config, len(train_rows), len(held_out_rows))
@@ -162,6 +166,23 @@ def train(recipe: Recipe, trainer: Trainer, evaluation: Evaluation, checkpoint: 
     if trainer.is_world_process_zero():
         finished(evaluation.folder)
     print_once(f"\n{evaluation.table()}\n\n{found}\n\nadapter, scores and completions: {recipe.training.output_dir}")
+
+
+def _use_features(recipe: Recipe, trainer: Trainer, evaluation: Evaluation, prepared: Prepared) -> None:
+    """Has the trainer read image features in place of pictures; scoring goes on with pixels."""
+    parts = [Part(prepared.train, prepared.pictures), Part(prepared.held_out, prepared.held_out_pictures)]
+    epoch, total = steps(len(prepared.train), recipe)
+    features = cached(
+        recipe,
+        on_device(trainer.model).get_base_model(),
+        prepared.collator.processor,
+        parts,
+        precision=evaluation.precision(trainer.model),
+        epochs=total / epoch,
+        say=print_once,
+    )
+    trainer.train_dataset, trainer.eval_dataset = (Examples(part, recipe) for part in parts)
+    trainer.data_collator = Passing(replace(prepared.collator, features=features))
 
 
 def _check_best_metric(recipe: Recipe, evaluation: Evaluation) -> None:

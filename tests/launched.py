@@ -1,7 +1,8 @@
 """`sft_phi3v/run.py` as the tests launch it: it writes down which rows each step learned from, and can be killed.
 
 KILL names the moment at which a process kills itself, as `kill -9` would, and KILL_RANK the process (default: 0); a
-process that torchrun has started again lives on. Under FSDP2, which wants GPUs, the CPU is told to be one.
+process that torchrun has started again lives on. SHARD_BYTES is how much a file of image features holds. Under FSDP2,
+which wants GPUs, the CPU is told to be one.
 """
 
 import json
@@ -15,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
-from sft_phi3v import checkpoints, evaluation, machine, run, trainer
+from sft_phi3v import checkpoints, evaluation, features, machine, run, trainer
 
 RANK = os.environ.get("RANK", "0")
 
@@ -84,6 +85,7 @@ def kill_at(moment):
 
 
 before(Recording, "_get_grad_norm", learned)
+features.SHARD_BYTES = int(os.environ.get("SHARD_BYTES", features.SHARD_BYTES))
 run.Trainer = Recording
 if (
     os.environ.get("KILL")

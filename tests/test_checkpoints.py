@@ -296,7 +296,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_finished_costs_nothing(monke
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoints, "_flush", full)
+    monkeypatch.setattr(checkpoints, "flush", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint(50)
     assert damage(old) is None and not Path("out/checkpoint-50").exists()

@@ -226,6 +226,19 @@ def test_in_several_processes_too_only_some_layers_recompute(place, launch, sing
     assert difference(weights(whole), weights(place / name)) < 1e-4
 
 
+def test_several_processes_make_image_features_once_and_learn_from_them(place, launch, single):
+    whole, _ = single("QLoRA")
+    for name in ("features", "features-again"):  # the second finds them made
+        changes = {"feature_cache": str(place / "cache"), "environment": {"SHARD_BYTES": "1"}}
+        finished(launch(name, *TWO, config="ddp", **changes), place, name)
+        assert losses(place / name) == pytest.approx(losses(whole), rel=1e-4)
+        assert losses(place / name, "eval_loss") == pytest.approx(losses(whole, "eval_loss"), rel=1e-4)
+        assert difference(weights(whole), weights(place / name)) < 1e-4
+        [said] = [line for line in (place / f"{name}.log").read_text().splitlines() if "feature_cache: 14 " in line]
+        assert f"; {14 if name == 'features' else 0} made in " in said
+    assert len([*(place / "cache").rglob("*.safetensors")]) == 14
+
+
 def test_what_several_processes_trained_is_merged_and_proved(place, launch, single, table_row):
     name = "ddp-QLoRA"
     if not (place / name / "metrics.json").exists():

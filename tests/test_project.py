@@ -31,7 +31,7 @@ LAYERS = [
     ["usage", "data", "collator", "model", "pictures", "samples", "engine", "checkpoints", "machine", "interruption"],
     ["streaming", "checking", "batches"],
     ["estimate"],
-    ["deciding", "fit"],
+    ["deciding", "fit", "features"],
     ["prepare", "preview", "scoring"],
     ["evaluation"],
     ["tracking"],

@@ -78,7 +78,7 @@ def test_our_own_keys_are_these():
     assert ours == [
         *("prompt", "answer", "image_column", "num_crops", "held_out", "overlong", "nonfinite", "adapt"),
         *("eval_rows", "generation_rows", "max_new_tokens", "generation_batch_size", "max_tokens_per_batch"),
-        *("checkpointed_layers", "use_kernels"),
+        *("checkpointed_layers", "use_kernels", "feature_cache"),
     ]
     of_preview = [field.name for field in dataclasses.fields(PreviewArguments)]
     assert of_preview == ["sizes", "gpu", "gpus", "gpu_price", "efficiency"]
@@ -363,8 +363,8 @@ def test_a_resumed_run_may_change_these_keys():
     assert " ".join(sorted(key for key in {*TRL_KEYS, *ours, "env"} if RESUMABLE.fullmatch(key))) == (
         "checkpointed_layers dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers "
         "dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor disable_tqdm env "
-        "eval_steps eval_strategy generation_batch_size gradient_accumulation_steps hub_always_push hub_model_id "
-        "hub_private_repo hub_revision hub_strategy hub_token logging_first_step logging_nan_inf_filter "
+        "eval_steps eval_strategy feature_cache generation_batch_size gradient_accumulation_steps hub_always_push "
+        "hub_model_id hub_private_repo hub_revision hub_strategy hub_token logging_first_step logging_nan_inf_filter "
         "logging_steps logging_strategy max_steps nonfinite num_train_epochs output_dir per_device_eval_batch_size "
         "per_device_train_batch_size push_to_hub report_to run_name save_steps "
         "save_strategy save_total_limit"

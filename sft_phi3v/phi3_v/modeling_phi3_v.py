@@ -213,16 +213,18 @@ class Phi3VModel(Phi3VPreTrainedModel):
         return blocks.reshape(crops, side // 2, side // 2, 4 * width)
 
     def _place(
-        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, features: torch.Tensor, image_sizes: torch.Tensor
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, features: Any, image_sizes: torch.Tensor
     ) -> torch.Tensor:
         """Writes the image features over the embeddings of `<|image|>`, in order, after counting both."""
+        if features.shape[-1] != inputs_embeds.shape[-1]:
+            raise ValueError(f"image_features are {features.shape[-1]} wide, the model {inputs_embeds.shape[-1]}.")
         is_image = input_ids == self.config.image_token_id
         tokens = int(is_image.sum())
         if tokens != len(features):
             raise ValueError(
                 f"input_ids hold {tokens} image tokens (id {self.config.image_token_id}), but the {len(image_sizes)} "
-                f"pictures in pixel_values give {len(features)} image features. The ids were probably truncated, made "
-                "with another num_crops, or belong to other pictures; or the text holds a literal <|image|>."
+                f"pictures give {len(features)} image features. The ids were probably truncated, made with another "
+                "num_crops, or belong to other pictures; or the text holds a literal <|image|>."
             )
         # Equal totals can hide one token too many in one picture and one too few in the next: compare run by run.
         # A picture is always followed by <s>, so that every run of image tokens is one picture.
@@ -233,8 +235,8 @@ class Phi3VModel(Phi3VPreTrainedModel):
         expected = (grid[:, 0] * grid[:, 1] + 1) * 144 + 1 + (grid[:, 0] + 1) * 12
         if runs.shape != expected.shape or not torch.equal(runs, expected):
             raise ValueError(
-                f"input_ids hold runs of {runs.tolist()} image tokens, but the pictures in pixel_values give "
-                f"{expected.tolist()} image features: the pictures are in another order than in the text."
+                f"input_ids hold runs of {runs.tolist()} image tokens, but the pictures give {expected.tolist()} image "
+                "features: the pictures are in another order than in the text."
             )
         return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features.to(inputs_embeds))
 
@@ -249,6 +251,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
@@ -263,13 +266,16 @@ class Phi3VModel(Phi3VPreTrainedModel):
             cu_seq_lens_q (`torch.IntTensor` of shape `(rows + 1,)`, *optional*):
                 Where each row starts, and the end, for rows that lie behind each other in a batch of one. With
                 `position_ids` that start again in each row, and all else that flash attention wants.
+            image_features (`torch.FloatTensor` of shape `(image tokens, hidden_size)`, *optional*):
+                What [`Phi3VModel.get_image_features`] gave for these pictures, in place of `pixel_values`.
 
         Returns:
             `BaseModelOutputWithPast`: `last_hidden_state` of shape `(batch, length, hidden_size)`, or
             `(1, kept, hidden_size)`.
 
         Raises:
-            ValueError: If pixels come without image tokens, or image tokens without pixels, or their numbers differ.
+            ValueError: If pixels or features come without image tokens, or image tokens without them, or both come, or
+                their numbers differ.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -279,11 +285,15 @@ class Phi3VModel(Phi3VPreTrainedModel):
             attention_mask = torch.zeros(1, 1, 1, 1, device=self.device)
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed_tokens(input_ids)
-        if pixel_values is not None:
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("Pass pixel_values or the image_features that were made of them, not both.")
+        if pixel_values is not None or image_features is not None:
             if input_ids is None or image_sizes is None:
-                raise ValueError("pixel_values need input_ids, which say where the pictures go, and image_sizes.")
-            features = self.get_image_features(pixel_values, image_sizes)
-            inputs_embeds = self._place(input_ids, inputs_embeds, features, image_sizes)
+                given = "image_features" if pixel_values is None else "pixel_values"
+                raise ValueError(f"{given} need input_ids, which say where the pictures go, and image_sizes.")
+            if pixel_values is not None:
+                image_features = self.get_image_features(pixel_values, image_sizes)
+            inputs_embeds = self._place(input_ids, inputs_embeds, image_features, image_sizes)
         elif input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
             # Only where a prompt is read: while decoding, a sampled <|image|> is the model's own doing.
             tokens = int((input_ids == self.config.image_token_id).sum())
@@ -345,6 +355,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """
@@ -366,6 +377,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             image_sizes=image_sizes,
             use_cache=use_cache,
+            image_features=image_features,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
