@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch $(if $(ACCELERATE),--config_file accelerate_configs/$(ACCELERATE).yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-distributed lint types prepare train preview evaluate report merge push-hub tiny-base clean
+.PHONY: help setup demo test test-slow test-distributed bench bench-gpu lint types prepare train preview evaluate report merge push-hub tiny-base clean
 
 help:  ## this menu
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,17 @@ test-slow: setup  ## the tests that take minutes, the demo's scores among them
 
 test-distributed: setup  ## several processes, FSDP2, two machines, kills: one recipe, one result (minutes)
 	$(BIN)/python -m pytest -m "distributed and not slow"
+
+bench: setup  ## how fast, lever by lever, against the plain way in the same run; CPU, an hour alone on the machine
+	$(BIN)/python benchmarks/speed.py levers growth input generation
+	$(BIN)/python benchmarks/speed.py train --rows 1 2
+	$(BIN)/python benchmarks/preprocessing.py
+	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/startup.py
+
+bench-gpu: setup  ## Phi-3-vision's size, random weights, nothing to download: QLoRA and LoRA, 4 and 16 crops
+	$(BIN)/python benchmarks/speed.py train --size full --rows 1 2 4 8
+	$(BIN)/python benchmarks/dequantise.py
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .

@@ -49,6 +49,11 @@ def config_of(
     )
 
 
+def tiny() -> Phi3VConfig:
+    """To see that a benchmark runs."""
+    return config_of(64, 2, 2, 128, 2, 64)
+
+
 def mid_size() -> Phi3VConfig:
     """125.6 million weights: CLIP at its real width, six layers deep, and a small decoder."""
     return config_of(512, 4, 8, 1536, 6)
@@ -57,6 +62,9 @@ def mid_size() -> Phi3VConfig:
 def full_size() -> Phi3VConfig:
     """Phi-3-vision-128k-instruct: 4.15 billion weights."""
     return config_of(3072, 32, 32, 8192, 24)
+
+
+SIZES = {"tiny": tiny, "mid": mid_size, "full": full_size}
 
 
 def processor(num_crops: int) -> Phi3VProcessor:

@@ -1,8 +1,7 @@
 """How fast a training step is, lever by lever, against the plain way in the same run; and against what the chip can do.
 
-    python benchmarks/speed.py levers                 # make bench: mid-size model, float32, CPU
-    python benchmarks/speed.py growth
-    python benchmarks/speed.py train --full_size      # make bench-gpu: 4.15 billion random weights, CUDA
+    python benchmarks/speed.py levers growth input generation      # make bench: mid-size model, float32, CPU
+    python benchmarks/speed.py train --size full                   # make bench-gpu: 4.15 billion random weights
 
 A step is zero_grad, forward, backward and, in `train`, AdamW. The plain way: CLIP also reads the crops that pad a
 picture to num_crops + 1, rows are padded to the longest, attention is eager, logits are made of all positions. Ways
@@ -11,21 +10,25 @@ take turns, so that what else the machine does hits all of them; one round warms
 
 import argparse
 import gc
+import io
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from memory import Live
-from models import batch_of, full_size, mid_size, random_model
+from models import SIZES, batch_of, examples, processor, random_model
+from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
-from sft_phi3v.collator import only_supervised
+from sft_phi3v.collator import Collator, only_supervised
 from sft_phi3v.estimate import Setting, Shape, weights_of
 from sft_phi3v.fit import flops_per_row
 from sft_phi3v.phi3_v import SDPA_BY_ROW, Phi3VConfig
@@ -181,7 +184,7 @@ def levers(options: argparse.Namespace) -> None:
         alone = [replace(PLAIN, name=name, **changes) for name, changes in LEVERS.items()]
         ways = [PLAIN, *alone, *(without(name) for name in LEVERS), ALL]
         ways += [replace(ALL, name=f"all, CLIP {size} crops at a time", vision_batch=size) for size in (1, 4)]
-        steps = Steps(mid_size(), sizes, options.num_crops)
+        steps = Steps(SIZES[options.size](), sizes, options.num_crops)
         tokens = [int(one) for one in steps.batches[True]["cu_seq_lens_q"].diff()]
         crops = len(steps.batches[False]["pixel_values"])
         print(f"\n{title}: {crops} crops, rows of {', '.join(map(str, tokens))} tokens\n")
@@ -190,7 +193,7 @@ def levers(options: argparse.Namespace) -> None:
 
 def growth(options: argparse.Namespace) -> None:
     """How a step grows: crops of a picture, rows of a batch, tokens of a row."""
-    config = mid_size()
+    config = SIZES[options.size]()
     print("\n| crops | tokens | seconds | seconds per 1,000 tokens |\n|---|---|---|---|")
     for num_crops in (1, 2, 4, 9, 16):
         _grown(Steps(config, [SQUARE], num_crops), f"{num_crops}", options)
@@ -226,6 +229,83 @@ def _grown(steps: Steps, label: str, options: argparse.Namespace) -> None:
     )
 
 
+def input_(options: argparse.Namespace) -> None:
+    """How long steps wait for their batches, which workers make meanwhile of pictures in JPEG files."""
+    model: Any = random_model(SIZES[options.size](), STEP, "cpu", attention=SDPA_BY_ROW)
+    rows = examples([STRIP, SQUARE, WIDE, TALL])
+    for row in rows:
+        file = io.BytesIO()
+        row["images"][0].save(file, "jpeg")
+        row["images"] = [file]
+    collator = Collator(processor(options.num_crops), padding_free=True)
+    print("\n| workers | a step, seconds | of these, waited for the batch |\n|---|---|---|")
+    for workers in (0, 1, 2):
+        loader = DataLoader(
+            rows * (2 + 2 * options.rounds), batch_size=2, collate_fn=partial(opened, collator), num_workers=workers
+        )
+        waited, computed, start = list[float](), list[float](), time.perf_counter()
+        for number, batch in enumerate(loader):
+            got = time.perf_counter()
+            model.zero_grad()
+            model(**only_supervised(batch), fused_lm_head=True).loss.backward()
+            end = time.perf_counter()
+            if number >= 2:  # until then workers start
+                waited.append(got - start)
+                computed.append(end - got)
+            start = end
+        whole = sum(waited) + sum(computed)
+        print(f"| {workers} | {whole / len(waited):.2f} | {sum(waited) / whole:.1%} |", flush=True)
+
+
+def opened(collator: Collator, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of rows whose pictures are still files."""
+    return collator([row | {"images": [Image.open(file) for file in row["images"]]} for row in rows])
+
+
+def generation(options: argparse.Namespace) -> None:
+    """Answers of 32 tokens to 16 rows of four shapes at 4 crops, half of them with a long question, in several ways."""
+    model: Any = random_model(SIZES[options.size](), STEP, "cpu", attention="sdpa").eval()
+    made = processor(4)
+    rows = examples([STRIP, SQUARE, WIDE, TALL] * 4)
+    for number, row in enumerate(rows):
+        row["messages"][0]["content"] = "What is shown in this image? " * (40 if number % 2 else 1)
+    inputs = [
+        {"text": row["messages"][0]["content"], "images": row["images"], "tokens": Collator(made).lengths(row).tokens}
+        for row in rows
+    ]
+
+    length = {"max_new_tokens": 32, "min_new_tokens": 32}
+
+    def answer(way: tuple[int, bool, dict[str, Any]]) -> None:
+        size, by_length, settings = way
+        order = sorted(inputs, key=lambda row: row["tokens"]) if by_length else inputs
+        for start in range(0, len(order), size):
+            some = order[start : start + size]
+            batch = made(
+                text=[f"<|user|>\n<|image_1|>\n{row['text']}<|end|>\n<|assistant|>\n" for row in some],
+                images=[row["images"] for row in some],
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            )
+            with torch.no_grad():
+                model.generate(
+                    **batch, do_sample=False, max_new_tokens=32, min_new_tokens=32, use_cache=True, **settings
+                )
+
+    ways: dict[str, tuple[int, bool, dict[str, Any]]] = {
+        "one row at a time": (1, False, {}),
+        "8 rows, as they come": (8, False, {}),
+        "8 rows of like length (what scoring does)": (8, True, {}),
+        "and a static cache": (8, True, {"cache_implementation": "static"}),
+    }
+    seconds = timed(answer, list(ways.values()), options.rounds)
+    first = statistics.median(seconds[0])
+    print("\n| answers | seconds | times as fast |\n|---|---|---|")
+    for name, found in zip(ways, seconds, strict=True):
+        print(f"| {name} | {spread(found)} | {first / statistics.median(found):.2f} |", flush=True)
+
+
 def matrix_peak(device: str, dtype: torch.dtype, size: int) -> float:
     """Most operations per second that products of square matrices reach here."""
     first, second = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -236,9 +316,9 @@ def matrix_peak(device: str, dtype: torch.dtype, size: int) -> float:
 def train(options: argparse.Namespace) -> None:
     """QLoRA and LoRA, at 4 and 16 crops, by batch size: pictures, tokens and operations per second."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.full_size and device == "cpu":
-        raise SystemExit("error: --full_size needs a GPU: 4.15 billion weights compute for minutes a step on a CPU.")
-    config = full_size() if options.full_size else mid_size()
+    if options.size == "full" and device == "cpu":
+        raise SystemExit("error: --size full needs a GPU: on a CPU, a step of 4.15 billion weights takes minutes.")
+    config = SIZES[options.size]()
     autocast = device == "cuda"
     dtype = torch.bfloat16 if autocast else torch.float32
     peak = matrix_peak(device, dtype, 8192 if autocast else 2048)
@@ -247,7 +327,7 @@ def train(options: argparse.Namespace) -> None:
     print(f"| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     weights = weights_of(config)
     for name, bits in (("QLoRA", 4), ("LoRA", None)):
-        for checkpointing in (True, False) if options.full_size else (True,):
+        for checkpointing in (True, False):
             setting = Setting(
                 dtype=str(dtype).removeprefix("torch."), autocast=autocast, bits=bits, nested=bool(bits), rank=64,
                 checkpointing=checkpointing, cuda=autocast,
@@ -307,16 +387,18 @@ def _trained(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["levers", "growth", "train"])
-    parser.add_argument("--full_size", action="store_true", help="Phi-3-vision itself (`train`, on a GPU)")
-    parser.add_argument("--num_crops", type=int, default=16, help="of the pictures in `levers`")
+    parts = {"levers": levers, "growth": growth, "input": input_, "generation": generation, "train": train}
+    parser.add_argument("parts", nargs="+", choices=parts)
+    parser.add_argument("--size", choices=SIZES, default="mid", help="of the model; full is Phi-3-vision itself")
+    parser.add_argument("--num_crops", type=int, default=16, help="of the pictures in `levers` and `input`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2], help="batch sizes in `train`")
     parser.add_argument("--attention", default=SDPA_BY_ROW, help="`train`: or flash_attention_2")
     options = parser.parse_args()
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}")
-    {"levers": levers, "growth": growth, "train": train}[options.part](options)
+    for part in options.parts:
+        parts[part](options)
 
 
 if __name__ == "__main__":
