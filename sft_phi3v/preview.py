@@ -215,7 +215,7 @@ def steps_line(rows: int, recipe: Recipe, plan: Plan | None = None) -> str:
     epochs = f"{training.num_train_epochs:g} epoch{'s' if training.num_train_epochs != 1 else ''}"
     each, size, planning = f"{batch * accumulated * processes:,} rows per step", f"{batch} × ", ""
     if plan is not None:
-        each, size = f"{rows / epoch:,.1f} rows per step on average", "batches: "
+        each, size = f"{rows / epoch:,.1f} rows per step on average", ""
         planning = f"{'batches:':<20} {plan}\n"
     return (
         f"{planning}{'steps:':<20} {epoch:>6,} per epoch of {rows:,} rows, {each} "

@@ -101,7 +101,7 @@ def test_a_plan_is_the_same_whatever_the_order_of_rows_and_chance_is_the_seeds_a
         assert all(one != other for one, other in itertools.combinations(orders, 2))
         rows = [{frozenset(batch) for own in order for batch in own if len(batch) > 1} for order in orders]
         if any(rows) and len(set(map(int, lengths))) > 1:  # other rows are together, not only in another order
-            assert len(rows[0] & rows[1]) < 0.7 * len(rows[0])
+            assert all(len(one & other) < 0.7 * len(one) for one, other in itertools.combinations(rows, 2))
 
 
 @PADDED
@@ -123,6 +123,30 @@ def test_a_row_as_long_as_the_budget_fits_and_a_longer_one_is_named(padded):
     )
     with pytest.raises(ValueError, match="expected 1,008 or more: 1 of 1 rows alone are longer: row 0 has 1,008"):
         plan_batches([1000], 1000, padded=padded, multiple=16)
+
+
+def test_the_budget_holds_what_lengths_are_padded_up_to():
+    padded = plan_batches([57] * 640, 640, padded=True, multiple=8)
+    assert {len(batch) for batch in epoch_of(padded, 0, 0)[0]} == {10}  # 11 × 57 would be 627, but they are 64 each
+    assert {len(batch) for batch in epoch_of(plan_batches([57] * 640, 640, padded=True), 0, 0)[0]} >= {11}
+    assert len(plan_batches([50] * 20, 101, padded=False).starts) == 10
+    assert len(plan_batches([50] * 20, 101, padded=False, multiple=8).starts) == 20  # 100 tokens are padded to 104
+
+
+def test_not_a_token_is_over_the_budget():
+    lengths = [60] * 4 + [21] * 4 + [20] * 4
+    assert len(plan_batches(lengths, 101, padded=False).starts) == 4
+    assert len(plan_batches(lengths, 100, padded=False).starts) == 5
+
+
+def test_of_batches_that_cost_the_same_the_one_with_the_longest_rows_is_the_worst():
+    assert plan_batches([4096, *[32] * 128], 4096, padded=True).worst() == (1, 4096)
+
+
+@PADDED
+def test_halves_are_halves(padded):
+    plan = plan_batches(ROWS["one is the budget"], BUDGET, padded=padded, processes=4)
+    assert sorted(len(batch) for [batch] in epoch_of(plan, 0, 0)) == [1, 12, 13, 25]
 
 
 def test_padded_rows_make_as_few_batches_as_can_be():
@@ -173,8 +197,10 @@ def test_batches_of_a_step_cost_nearly_the_same(name, padded):
     assert max(waits) < 0.02
     drawn = np.random.default_rng(0).permutation(costs.reshape(-1)).reshape(-1, processes)
     assert waits[-1] < 0.5 * (drawn.max(axis=1).sum() / drawn.mean(axis=1).sum() - 1)
-    # No process always gets the largest.
-    assert len(set(costs.argmax(axis=1))) > 1
+    # No process always gets the largest, and a run does not go from long rows to short ones.
+    assert max(Counter(costs.argmax(axis=1).tolist()).values()) < 0.7 * plan.steps
+    shares = costs.mean(axis=1)
+    assert abs(np.corrcoef(shares, np.arange(plan.steps))[0, 1]) < 0.6
 
 
 @pytest.mark.parametrize(("rows", "processes"), [(9, 8), (17, 8), (5, 2), (16, 8), (3, 2)])
@@ -190,8 +216,9 @@ def test_what_fills_up_an_epoch_is_not_always_beside_the_shortest_rows():
     lengths = [1000 + one for one in range(21)]
     plan = plan_batches(lengths, 1100, padded=True, processes=4)
     assert plan.missing == 3
-    last = {epoch_of(plan, 0, epoch)[0][-1][0] for epoch in range(12)}
-    assert len(last) > 3
+    rows = [[row for [row] in epoch_of(plan, 0, epoch)[0]] for epoch in range(12)]
+    assert len({own[-1] for own in rows}) > 3
+    assert sum(own[:-1] == sorted(own[:-1], reverse=True) for own in rows) < 4  # nor do steps come in order of length
 
 
 @LENGTHS
