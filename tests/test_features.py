@@ -356,6 +356,13 @@ def test_it_pays_from_the_epoch_on_in_which_it_costs_less():
     assert verdict(2, 1).startswith("it does not pay with 1 epoch: it would from epoch 2 on. Remove `feature_cache`")
 
 
+def test_equal_pictures_count_once_and_sizes_alone_each_on_its_own():
+    known = [data.Pictures((b"a", b"b"), ((1, 2), (3, 4))), data.Pictures((), ()), data.Pictures((b"a",), ((1, 2),))]
+    assert features.distinct(known) == {b"a": (1, 2), b"b": (3, 4)}
+    sized = [data.Pictures((), ((1, 2), (1, 2))), data.Pictures((), ((1, 2),))]
+    assert list(features.distinct(sized).values()) == [(1, 2)] * 3
+
+
 @pytest.mark.parametrize(("epochs", "said"), [(1, "it does not pay with 1 epoch"), (3, "it pays from epoch 2 on")])
 def test_preview_says_what_it_takes_and_whether_it_pays(recipe, tmp_path, capsys, epochs, said):
     path = recipe(max_steps=None, num_train_epochs=epochs)
