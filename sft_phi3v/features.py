@@ -488,8 +488,10 @@ def cached(
     what = f"what is kept of {len(missing):,} pictures"
     _once(partial(check_room, cache.folder, needed, what, key="feature_cache"))
     start = time.perf_counter()
-    if missing:
-        cache.fill(cache.plan(missing))
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):  # what is made or found, a run trains to the same weights
+        if missing:
+            cache.fill(cache.plan(missing))
     filled = time.perf_counter() - start
     features = cache.open()
     made, read = cache.measure(features) if PartialState().is_main_process else (0.0, 0.0)

@@ -228,9 +228,9 @@ def test_in_several_processes_too_only_some_layers_recompute(place, launch, sing
 
 def test_several_processes_make_image_features_once_and_learn_from_them(place, launch, single):
     whole, _ = single("QLoRA")
-    for name in ("features", "features-again"):  # the second finds them made
-        changes = {"feature_cache": str(place / "cache"), "environment": {"SHARD_BYTES": "1"}}
-        finished(launch(name, *TWO, config="ddp", **changes), place, name)
+    for name, config, kind in (("features", "ddp", {}), ("found", "fsdp2", GLOO)):  # the second finds them made
+        changes = kind | {"feature_cache": str(place / "cache"), "environment": {"SHARD_BYTES": "1"}}
+        finished(launch(name, *TWO, config=config, **changes), place, name)
         assert losses(place / name) == pytest.approx(losses(whole), rel=1e-4)
         assert losses(place / name, "eval_loss") == pytest.approx(losses(whole, "eval_loss"), rel=1e-4)
         assert difference(weights(whole), weights(place / name)) < 1e-4

@@ -99,7 +99,8 @@ def computed(monkeypatch):
     return calls
 
 
-def test_loss_and_gradients_are_those_of_the_pictures(recipe, tmp_path, capsys):
+def test_loss_and_gradients_are_those_of_the_pictures(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(features, "FEW", 0)  # with workers that decode
     order = [4, 0, 5, 2, 3, 1, 6]
     cached = loss_and_gradients(set_up(recipe()), order)
     assert "feature_cache: 6 pictures, 0.00 GB in " in capsys.readouterr().out
@@ -252,9 +253,11 @@ def adapter(folder):
 
 def test_a_run_learns_the_same_and_goes_on_where_the_cache_is_gone(recipe, tmp_path, monkeypatch, capsys):
     keys = {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "num_crops": 1}
+    keys |= {"lora_dropout": 0.1}
     run.main([recipe(**keys, output_dir=str(tmp_path / "plain"), feature_cache=None)])
     path = recipe(**keys, output_dir=str(tmp_path / "whole"))
     run.main([path])
+    run.main([recipe(**keys, output_dir=str(tmp_path / "found"))])  # nothing is made: no other dropout for that
 
     class PowerCut(Exception):
         pass
@@ -274,8 +277,8 @@ def test_a_run_learns_the_same_and_goes_on_where_the_cache_is_gone(recipe, tmp_p
     capsys.readouterr()
     run.main([path, "--feature_cache", str(tmp_path / "elsewhere")])
     assert "6 made in " in capsys.readouterr().out
-    plain, whole, resumed = (adapter(tmp_path / name) for name in ("plain", "whole", "cut"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    plain, whole, found, resumed = (adapter(tmp_path / name) for name in ("plain", "whole", "found", "cut"))
+    assert all(torch.equal(whole[name], resumed[name]) and torch.equal(whole[name], found[name]) for name in whole)
     assert all((whole[name] - plain[name]).abs().max() < 1e-5 for name in plain)
     losses = [
         [entry["eval_loss"] for entry in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
@@ -351,6 +354,13 @@ def test_it_pays_from_the_epoch_on_in_which_it_costs_less():
     assert break_even(made=0.1, written=0.1, read=0.1) is None
     assert verdict(2, 3) == "it pays from epoch 2 on, of 3 epochs."
     assert verdict(2, 1).startswith("it does not pay with 1 epoch: it would from epoch 2 on. Remove `feature_cache`")
+
+
+def test_equal_pictures_count_once_and_sizes_alone_each_on_its_own():
+    known = [data.Pictures((b"a", b"b"), ((1, 2), (3, 4))), data.Pictures((), ()), data.Pictures((b"a",), ((1, 2),))]
+    assert features.distinct(known) == {b"a": (1, 2), b"b": (3, 4)}
+    sized = [data.Pictures((), ((1, 2), (1, 2))), data.Pictures((), ((1, 2),))]
+    assert list(features.distinct(sized).values()) == [(1, 2)] * 3
 
 
 @pytest.mark.parametrize(("epochs", "said"), [(1, "it does not pay with 1 epoch"), (3, "it pays from epoch 2 on")])
