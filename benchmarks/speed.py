@@ -274,8 +274,6 @@ def generation(options: argparse.Namespace) -> None:
         for row in rows
     ]
 
-    length = {"max_new_tokens": 32, "min_new_tokens": 32}
-
     def answer(way: tuple[int, bool, dict[str, Any]]) -> None:
         size, by_length, settings = way
         order = sorted(inputs, key=lambda row: row["tokens"]) if by_length else inputs

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFilter
 
@@ -187,6 +186,8 @@ def write_catalogue(folder: str | Path, *, rows: int = 2400, test_rows: int = 19
     Raises:
         ValueError: If a split would be empty.
     """
+    from datasets import Dataset, Features, Image, Value  # `demo --help` need not wait for it
+
     if rows < 1 or test_rows < 1:
         raise ValueError(f"the sample catalogue needs at least one row per split, got {rows=} and {test_rows=}")
     folder = Path(folder)

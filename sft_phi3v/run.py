@@ -45,20 +45,20 @@ from sft_phi3v.model import (
     on_device,
 )
 from sft_phi3v.phi3_v import Phi3VConfig
-from sft_phi3v.prepare import prepare as prepare_data
 from sft_phi3v.preview import Prepared, largest_batch, prepare, print_once, steps
 from sft_phi3v.recipe import Recipe, load_recipe, local_paths
 from sft_phi3v.streaming import Passing, Resume, Stream
-from sft_phi3v.tracking import Tracking
+from sft_phi3v.tracking import Launch, Tracking
 from sft_phi3v.trainer import Trainer
 
 
-def set_up(recipe: Recipe) -> tuple[Trainer, Evaluation, Path | None]:
+def set_up(recipe: Recipe, launch: Launch | None = None) -> tuple[Trainer, Evaluation, Path | None]:
     """
     Everything that can be wrong before training is found here, and what was set up is shown.
 
     Args:
         recipe ([`Recipe`]): The recipe.
+        launch ([`Launch`], *optional*): Is told what passed, and says it after the first step.
 
     Returns:
         `tuple[Trainer, Evaluation, Path | None]`: TRL's trainer with the adapted model; the held-out rows to score it
@@ -67,6 +67,7 @@ def set_up(recipe: Recipe) -> tuple[Trainer, Evaluation, Path | None]:
     Raises:
         ValueError: If the recipe, the machine, the data or the model is not right; says what to do about it.
     """
+    launch = Launch() if launch is None else launch
     check_machine(recipe)
     check_kernels(recipe)
     check_shared(Path(str(recipe.training.output_dir)))
@@ -76,6 +77,7 @@ def set_up(recipe: Recipe) -> tuple[Trainer, Evaluation, Path | None]:
     tracking = Tracking(recipe, checkpoint)
     if recipe.prepare.prepare and recipe.prepare.source:
         _prepare_once(recipe)
+        launch.passed("preparing")
     prepared = prepare(recipe)
     collator, train_rows, held_out_rows = prepared.collator, prepared.train, prepared.held_out
     evaluation = Evaluation(recipe, collator.processor, train_rows, held_out_rows)
@@ -85,8 +87,10 @@ def set_up(recipe: Recipe) -> tuple[Trainer, Evaluation, Path | None]:
         processes = PartialState().num_processes
         recipe, chosen = settle_layers(recipe, load_config(recipe), shape, free_memory(), processes=processes)
         print_once(f"{chosen}\n")
+    launch.passed("data")
     model = load_model(recipe, kernels=recipe.task.use_kernels)
     freeze_unused(model)
+    launch.passed("model")
     trainer = Trainer(
         model=model,
         args=recipe.training,
@@ -98,6 +102,7 @@ def set_up(recipe: Recipe) -> tuple[Trainer, Evaluation, Path | None]:
         callbacks=[Resume()],
     )
     trainer.watch(recipe, evaluation, tracking, shape, prepared.plan)
+    trainer.meter.launch = launch
     if recipe.training.save_strategy != "no":
         check_room(evaluation.folder, trainer.checkpoint_size(), "a checkpoint")
     if recipe.training.push_to_hub and trainer.is_world_process_zero():
@@ -118,6 +123,7 @@ def set_up(recipe: Recipe) -> tuple[Trainer, Evaluation, Path | None]:
         tracking.environment = _save_environment(recipe, trainer.model.config, len(train_rows), len(held_out_rows))
         overview = of_scored(prepared.overview, evaluation.rows)
         write_whole(evaluation.folder / "data.json", json.dumps(overview, indent=2) + "\n")
+    launch.passed("trainer")
     return trainer, evaluation, checkpoint
 
 
@@ -141,6 +147,8 @@ def train(recipe: Recipe, trainer: Trainer, evaluation: Evaluation, checkpoint: 
         evaluation.run("before", on_device(trainer.model), weights=identity(base, trainer.model))
         evaluation.write()
         trainer.show("before", evaluation.completions["before"])
+        if trainer.meter.launch is not None:
+            trainer.meter.launch.passed("scores before training")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
     trainer.save_state()
@@ -250,6 +258,8 @@ def _flat(metrics: dict[str, Any], prefix: str = "eval_") -> dict[str, float]:
 
 def _prepare_once(recipe: Recipe) -> None:
     """The main process prepares the data set; the others look for it, which no time-out of their group ends."""
+    from sft_phi3v.prepare import prepare as prepare_data  # and all that fetches, which few runs need
+
     folder = Path(str(recipe.script.dataset_name)).expanduser()
     if PartialState().is_main_process and not folder.exists():
         prepare_data(recipe)
@@ -259,6 +269,8 @@ def _prepare_once(recipe: Recipe) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """`python -m sft_phi3v.run RECIPE [--key value …]`"""
+    launch = Launch()
+    launch.passed("imports")
     try:
         check_restarts()
     except ValueError as error:  # of each machine, which may have been started in another way
@@ -267,8 +279,9 @@ def main(argv: list[str] | None = None) -> None:
         stack.enter_context(INTERRUPTION.heeded())
         try:
             recipe = load_recipe(sys.argv[1:] if argv is None else argv)
+            launch.passed("recipe")
             stack.enter_context(claimed(Path(str(recipe.training.output_dir))))
-            trainer, evaluation, checkpoint = set_up(recipe)
+            trainer, evaluation, checkpoint = set_up(recipe, launch)
         except ValueError as error:  # what a person can put right needs no traceback, and needs saying once
             raise SystemExit(f"error: {error}" if PartialState().is_main_process else 1) from None
         try:

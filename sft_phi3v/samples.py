@@ -35,7 +35,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features, Image, Value
 from PIL import Image as PILImage
 from PIL import ImageOps
 from tqdm import tqdm
@@ -483,8 +482,14 @@ def _bomb(side: int = 30_000) -> bytes:
 
 # --- forms ---
 
-_TABLE = {name: Value("string") for name in ("product_code", "title", "category3_code")}
-_TABLE["full_price"] = Value("float64")
+
+def _schema(columns: Sequence[str], *, embedded: bool) -> pa.Schema:
+    """Of a table with these picture columns, which hold the pictures themselves or only say where they are."""
+    from datasets import Features, Image, Value  # `demo --help` need not wait for it
+
+    table = {name: Value("string") for name in ("product_code", "title", "category3_code")}
+    table |= {"full_price": Value("float64"), **{name: Image() if embedded else Value("string") for name in columns}}
+    return Features(table).arrow_schema
 
 
 def _write(folder: Path, plan: _Plan, rows: Iterable[_Row]) -> dict[int, int]:
@@ -496,9 +501,8 @@ def _write(folder: Path, plan: _Plan, rows: Iterable[_Row]) -> dict[int, int]:
         _write_shards(folder / form.source, rows)
     elif plan.form == "embedded":
         columns = _picture_columns(plan)
-        features = Features({**_TABLE, **{name: Image() for name in columns}})
         records = (_embedded(row, columns) for row in rows)
-        _write_parquet(folder / form.source, records, features.arrow_schema, at_once=100)
+        _write_parquet(folder / form.source, records, _schema(columns, embedded=True), at_once=100)
     else:
         (folder / "pictures").mkdir()
         records = (_record(row, plan) for row in _with_files(rows, folder / "pictures"))
@@ -509,8 +513,7 @@ def _write(folder: Path, plan: _Plan, rows: Iterable[_Row]) -> dict[int, int]:
             with path.open("w", encoding="utf-8") as file:
                 file.writelines(f"{json.dumps(record)}\n" for record in records)
         else:
-            texts = {name: Value("string") for name in _picture_columns(plan)}
-            _write_parquet(path, records, Features({**_TABLE, **texts}).arrow_schema, at_once=1000)
+            _write_parquet(path, records, _schema(_picture_columns(plan), embedded=False), at_once=1000)
     return {}
 
 

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import WandbCallback
 from transformers.integrations.integration_utils import WandbLogModel, get_reporting_integration_callbacks
 from trl import SFTConfig
 
+from sft_phi3v import STARTED
 from sft_phi3v.checkpoints import write_whole
 from sft_phi3v.collator import IGNORED
 from sft_phi3v.evaluation import Evaluation, short_row, thumbnail
@@ -35,15 +37,43 @@ RUN_IDS = "tracking.json"  # in output_dir: the W&B run that a resumed run, and 
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
 
+class Launch:
+    """What the seconds went into that passed between the start of this process and its first step of training."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self._last = STARTED
+
+    def passed(self, part: str) -> None:
+        """Counts all time since the last call as this part's."""
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def seconds(self) -> float:
+        """All parts together."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
+        return f"started: first step after {self.seconds:.1f} s ({parts})"
+
+
 class Meter(TrainerCallback):
     """
     Counts what training takes in, and how long it waits for it.
 
     `tokens_per_second` and the like are of training steps alone: evaluating and saving do not count.
+
+    Attributes:
+        launch ([`Launch`], *optional*): Is said, and counted, once the first step is done.
     """
 
     def __init__(self) -> None:
         self.supervised = 0
+        self.launch: Launch | None = None
+        self._launched: dict[str, float] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -57,6 +87,12 @@ class Meter(TrainerCallback):
 
     def on_step_end(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._seconds += time.perf_counter() - self._start
+        if self.launch is not None:
+            self.launch.passed("first step")
+            self._launched = {"time_to_first_step": self.launch.seconds}
+            if state.is_world_process_zero:
+                tqdm.write(str(self.launch))
+            self.launch = None
 
     def fetched(self, batches: Sequence[Mapping[str, torch.Tensor]], start: float) -> None:
         """Takes note of the batches of one step, for which was waited from `start` on (`time.perf_counter`)."""
@@ -79,8 +115,9 @@ class Meter(TrainerCallback):
         tokens, supervised, pictures, waited, seconds, memories = zip(*gather_object([own]), strict=True)
         self.supervised += sum(supervised)
         self._clear()
+        launched, self._launched = self._launched, {}
         elapsed = max(sum(seconds) / len(seconds), 1e-9)
-        return {
+        return launched | {
             "tokens_per_second": sum(tokens) / elapsed,
             "supervised_tokens_per_second": sum(supervised) / elapsed,
             "pictures_per_second": sum(pictures) / elapsed,

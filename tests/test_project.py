@@ -105,7 +105,7 @@ def test_help_and_what_is_plainly_wrong_wait_for_no_heavy_import(words):
     assert status == (0 if words[-1] == "--help" else 1 if words[-1].endswith(".yaml") else 2)
     assert said.strip().startswith("usage:" if words[-1] in ("--help", "sft_phi3v/run.py") else "error:")
     assert "argparse" in imported
-    assert not imported & {"torch", "transformers", "peft", "accelerate", "scipy", "matplotlib", "wandb"}
+    assert not imported & {"torch", "transformers", "peft", "accelerate", "datasets", "scipy", "matplotlib", "wandb"}
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -4,10 +4,12 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import struct
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from sft_phi3v.data import ROW, load_splits, to_examples
 from sft_phi3v.evaluation import Evaluation, thumbnail
 from sft_phi3v.recipe import load_recipe
 from sft_phi3v.scoring import Completion
-from sft_phi3v.tracking import Meter, Tracking, WandB
+from sft_phi3v.tracking import Launch, Meter, Tracking, WandB
 
 PLANTED = ("hf_planted", "plantedplanted")
 
@@ -113,6 +115,7 @@ def test_the_history_says_how_training_went(training, merged_run):
         if "loss" in state:
             seen = {name: steps[state["step"]][f"train/{name}"] for name in state.keys() - {"step"}}
             assert seen == {name: value for name, value in state.items() if name != "step"}
+    assert [step for step, logged in steps.items() if "train/time_to_first_step" in logged] == [6]
     for step in steps.values():
         assert step["train/learning_rate"] >= 0 and step["train/grad_norm"] > 0
         assert 0 < step["train/supervised_tokens_per_second"] < step["train/tokens_per_second"]
@@ -261,6 +264,28 @@ def test_the_meter_counts_what_the_batches_hold():
     assert found["tokens_per_second"] / found["pictures_per_second"] == pytest.approx(8 / 2)
     assert 0.7 < found["data_wait"] < 0.81  # 0.2 of at least 0.25 seconds
     assert meter.take()["tokens_per_second"] == 0
+
+
+def test_the_first_step_says_once_what_the_time_before_it_went_into(capsys):
+    meter, launch, state = Meter(), Launch(), SimpleNamespace(is_world_process_zero=True)
+    launch.passed("imports")
+    time.sleep(0.06)
+    launch.passed("data")
+    launch.passed("model")
+    time.sleep(0.06)
+    launch.passed("data")
+    meter.launch = launch
+    meter.fetched([], time.perf_counter())
+    meter.on_step_end(None, state, None)
+    said = capsys.readouterr().out
+    total, parts = re.search(r"^started: first step after ([\d.]+) s \((.+)\)$", said, flags=re.MULTILINE).groups()
+    parts = dict(part.rsplit(" ", 1) for part in parts.split(", "))
+    assert list(parts) == ["imports", "data", "model", "first step"]
+    assert 0.1 <= float(parts["data"]) <= float(total) - float(parts["imports"]) + 0.2  # each is rounded
+    assert meter.take()["time_to_first_step"] == pytest.approx(float(total), abs=0.051)
+    meter.fetched([], time.perf_counter())
+    meter.on_step_end(None, state, None)
+    assert "time_to_first_step" not in meter.take() and not capsys.readouterr().out
 
 
 def test_the_example_sweep_trains_what_wandb_asks_for(tmp_path, monkeypatch):
