@@ -208,7 +208,7 @@ def _read(
             add_generation_prompt=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
+            processor_kwargs={"padding": True, "padding_side": "left", "do_normalize": False},
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"Rows {[example['row'] for example in some]} cannot be read: {error}") from error

@@ -403,7 +403,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         """Repeats each row for its beams; its pictures as a whole, where transformers would repeat crop by crop."""
         if expand_size > 1 and input_ids is not None and kwargs.get("pixel_values") is not None:
             pixel_values, image_sizes = kwargs.pop("pixel_values"), kwargs.pop("image_sizes")
-            crops = ((image_sizes // CROP).prod(dim=1) + 1).tolist()
+            crops = ((image_sizes // CROP).prod(dim=1) + (pixel_values.dtype != torch.uint8)).tolist()
             pictures = pixel_values.split(crops) if pixel_values.ndim == 4 else list(pixel_values.split(1))
             is_image = input_ids == self.config.image_token_id
             starts = is_image & ~nn.functional.pad(is_image, (1, -1))

@@ -565,8 +565,8 @@ def test_what_trl_and_peft_look_up_is_there(model):
     assert model.config.image_token_id == IMAGE_TOKEN
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["crops", "padded crops"])
-def test_beams_and_samples_see_their_own_rows_pictures(padded):
+@pytest.mark.parametrize("form", ["crops", "padded crops", "bytes"])
+def test_beams_and_samples_see_their_own_rows_pictures(form):
     """Two rows with two and one pictures of several crops each: every copy of a row must get that row's pictures."""
     model = shared_model()
     rows = [load_case(name) for name in ("image2_0", "image1_0")]
@@ -576,7 +576,11 @@ def test_beams_and_samples_see_their_own_rows_pictures(padded):
         ids[index, -row.inputs["input_ids"].shape[1] :] = row.inputs["input_ids"][0]
     sizes = torch.cat([row.inputs["image_sizes"] for row in rows])
     pixels = torch.cat([row.inputs["pixel_values"] for row in rows])
-    if padded:
+    if form == "bytes":
+        noise = torch.Generator().manual_seed(0)
+        local = int((sizes // 336).prod(dim=1).sum())
+        pixels = torch.randint(0, 256, (local, 3, 336, 336), dtype=torch.uint8, generator=noise)
+    if form == "padded crops":
         counts = ((sizes // 336).prod(dim=1) + 1).tolist()
         pixels = torch.nn.utils.rnn.pad_sequence(pixels.split(counts), batch_first=True)
     expanded, kwargs = model._expand_inputs_for_generation(
