@@ -78,7 +78,7 @@ def test_our_own_keys_are_these():
     assert ours == [
         *("prompt", "answer", "image_column", "num_crops", "held_out", "overlong", "nonfinite", "adapt"),
         *("eval_rows", "generation_rows", "max_new_tokens", "generation_batch_size", "max_tokens_per_batch"),
-        *("checkpointed_layers", "use_kernels", "feature_cache"),
+        *("checkpointed_layers", "use_kernels", "feature_cache", "vision_batch_size"),
     ]
     of_preview = [field.name for field in dataclasses.fields(PreviewArguments)]
     assert of_preview == ["sizes", "gpu", "gpus", "gpu_price", "efficiency"]
@@ -367,7 +367,7 @@ def test_a_resumed_run_may_change_these_keys():
         "hub_model_id hub_private_repo hub_revision hub_strategy hub_token logging_first_step logging_nan_inf_filter "
         "logging_steps logging_strategy max_steps nonfinite num_train_epochs output_dir per_device_eval_batch_size "
         "per_device_train_batch_size push_to_hub report_to run_name save_steps "
-        "save_strategy save_total_limit"
+        "save_strategy save_total_limit vision_batch_size"
     )
 
 
