@@ -81,7 +81,7 @@ class Measured:
     parameters: int
     gradients: int
     optimiser: int
-    reads: int  # at most, while CLIP and projector read
+    reads: int  # at most, while CLIP and projector read, if they are frozen; else 0
     kept: int
     loss: int  # at most, while the loss and its gradient are computed
     back: int  # at most, while layers are gone through backwards
@@ -214,6 +214,11 @@ def without_values(case: Case) -> Iterator[None]:
         yield
 
 
+def reads_alone(case: Case) -> bool:
+    """Whether CLIP reads, and keeps nothing of it."""
+    return case.setting.lora and not case.setting.features and "vision_tower" not in case.setting.adapt
+
+
 def measure(case: Case, *, data: bool = True) -> Measured:
     """
     Runs one training step and counts.
@@ -262,7 +267,7 @@ def measure(case: Case, *, data: bool = True) -> Measured:
             parameters=sum(_bytes(tensor) for tensor in [*model.parameters(), *constants]),
             gradients=sum(_bytes(weight.grad) for weight in trained),
             optimiser=sum(_bytes(tensor) for tensor in moments),
-            reads=0 if case.setting.features else peaks[0],
+            reads=peaks[0] if reads_alone(case) else 0,
             kept=kept,
             loss=peaks[-1],
             back=live.peak,
@@ -286,7 +291,7 @@ def estimated(case: Case) -> Measured:
         parameters=sum(step.weights_stored().values()) + (4 * step.trained if case.setting.lora else 0),
         gradients=4 * step.trained,
         optimiser=step.optimiser(),
-        reads=moments.get("CLIP reads", 0),
+        reads=moments["CLIP reads"] if reads_alone(case) else 0,
         kept=step.kept(),
         loss=max(moments["loss"], moments["loss backwards"]),
         back=max(most for name, most in moments.items() if name.endswith(" back")),
@@ -347,6 +352,13 @@ def full_size() -> list[Case]:
     ]
 
 
+def _compared(counted: int, other: int) -> str:
+    if not counted:
+        return "–"
+    off = f"{other / counted - 1:+.1%}"
+    return f"{counted / 1e6:,.1f} / {other / 1e6:,.1f} ({'0%' if off[1:] == '0.0%' else off})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full_size", action="store_true", help="Phi-3-vision itself, on tensors without data")
@@ -362,8 +374,7 @@ def main() -> None:
         cells = []
         for name, counted in vars(found).items():
             other = getattr(said, name)
-            off = f" ({other / counted - 1:+.1%})" if counted else ""
-            cells.append(f"{counted / 1e6:,.1f} / {other / 1e6:,.1f}{off}")
+            cells.append(_compared(counted, other))
         print(f"| {case.name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -159,7 +159,7 @@ def decoder_layer(
         n * 2 * (hidden + keys) * compute - swiglu - at_down - at_gate - norm_2 - at_o + 2 * streams,
     )  # fmt: skip
     if kind.attention == "eager":  # backward, at the softmax, where the rest of the layer is gone
-        working = max(working, scores * (8 + compute) - swiglu - at_down - at_gate - norm_2)
+        working = max(working, scores * 8 - swiglu - at_down - at_gate - norm_2 - at_o)
     return Layer(saved, max(working, 0), streams, norm + masked)
 
 
@@ -214,6 +214,13 @@ def vision_layer(*, patches: int, width: int, inner: int, heads: int, kind: Nume
     return Layer(2 * norm + attention + gelu + linears, working, streams, norm)
 
 
-def vision_forward(*, patches: int, width: int, inner: int, kind: Numerics) -> int:
-    """Most that CLIP needs while it only reads: three streams, and `x`, `σ(1.702·x)` and their product."""
-    return patches * (3 * inner * kind.compute + 3 * width * kind.stored)
+def vision_forward(*, crops: int, patches: int, width: int, inner: int, heads: int, kind: Numerics) -> int:
+    """
+    Most that CLIP needs while it only reads so many crops: three streams, and `x`, `σ(1.702·x)` and their product. If
+    attention is eager: two streams, queries, keys and values, and scores, twice in float32.
+    """
+    gelu = crops * patches * (3 * inner * kind.compute + 3 * width * kind.stored)
+    if kind.attention != "eager":
+        return gelu
+    streams = crops * patches * width * (2 * kind.stored + 3 * kind.compute)
+    return max(gelu, streams + crops * heads * patches**2 * (8 + kind.compute))

@@ -532,14 +532,15 @@ class Step:
     def head(self, *, back: bool) -> int:
         """TRL's fused LM head: a tile of logits; in its backward pass also the gradient of hidden states, float32."""
         scored, vocabulary = self.scored, self.config.vocab_size
-        tile = min(scored, SCORED_AT_ONCE) * VOCABULARY_AT_ONCE
-        logits = tile * self.kind.compute
-        if (
-            not self.setting.cuda
-        ):  # Without Triton, float32: three numbers for each logit; back, seven and a truth value
-            logits += (29 if back else 12) * min(scored, SCORED_AT_ONCE) * min(vocabulary, VOCABULARY_AT_ONCE)
+        rows, columns = min(scored, SCORED_AT_ONCE), min(vocabulary, VOCABULARY_AT_ONCE)
+        logits = rows * VOCABULARY_AT_ONCE * self.kind.compute
+        if not self.setting.cuda:
+            # Without Triton, float32: three numbers for each logit; back, seven and a truth value. Then the gradient is
+            # multiplied in float32, for which a CPU copies the head's weight.
+            product = 4 * columns * (self.width + rows) if back and self.kind.compute != 4 else 0
+            logits += max((29 if back else 12) * rows * columns, product)
         if self.stored != self.kind.compute:
-            logits += min(vocabulary, VOCABULARY_AT_ONCE) * self.width * self.kind.compute
+            logits += columns * self.width * self.kind.compute
         if self.setting.cuda:
             logits += scored * self.width * self.stored  # the hidden states that are scored, put together
         return logits + (scored * self.width * 4 if back else 0)
@@ -553,6 +554,7 @@ class Step:
         """Activations from the decoder's forward pass on: of its layers, the pictures themselves, and masks."""
         shape, layer = self.shape, self.decoder()
         held = self.recomputed * layer.stream + self.pixels()
+        held += 2 * self.n * self.width // self.config.num_attention_heads * self.stored  # positions' cosines and sines
         if self.keeping:
             held += (self.keeping - 1) * layer.saved + self.decoder(self.scored).saved
         if not self.input_grad:
@@ -584,7 +586,7 @@ class Step:
         seen = self.vision_layers * (vision.stream if checkpointing else vision.saved) + self.projector_saved()
         if self.kind.full or checkpointing:  # a gradient for what the first layer reads: the norm before it keeps that
             seen += vision.stream * (1 if self.kind.full else 2)
-            return seen + (self.normalised() // 2 if self.kind.full and self.setting.autocast else 0)
+            return seen + self.kind.full * self.normalised() * self.kind.compute // 4  # for the patch embedding's weight
         return seen - vision.less
 
     def last_norm(self) -> int:
@@ -618,9 +620,8 @@ class Step:
         later = 0 if setting.accumulation > 1 else self.gradients_of("model.vision_tower.")
         after = buckets + gradients
         product = self.largest_product()
-        extra = {"dequantised weight": self.dequantised()} if setting.bits else {}
-        if setting.sharded:
-            extra["gathered layers"] = self.gathered()
+        extra = {"gathered layers": self.gathered()} if setting.sharded else {}
+        weight = {"dequantised weight": self.dequantised()} if setting.bits else {}
 
         def moment(activations: int, casts: int, grads: int) -> dict[str, int]:
             return {"activations": activations, "casts by autocast": casts, "gradients": grads, **extra}
@@ -643,17 +644,20 @@ class Step:
                 held + seen + again + last.working + stream + product,
                 graph if self.keeping else decoder,
                 before + head,
-            ),
+            )
+            | weight,
             "layer before it back": moment(
                 held + seen + before_it + layer.working + stream + product,
                 max(graph, decoder),
                 before + head,
-            ),
+            )
+            | weight,
             "first layer back": moment(
                 self.pixels() + seen + layer.saved + layer.working + stream + product,
                 decoder,
                 after - late - later,
-            ),
+            )
+            | weight,
             "embeddings back": moment(self.pixels(), 0, after),
             "optimiser step": moment(0, 0, after + (gradients if setting.optimiser == "adamw_torch" else 0)),
         }
@@ -672,17 +676,23 @@ class Step:
         return found
 
     def reading(self) -> int:
-        """While CLIP and projector read and nothing else is there."""
+        """While CLIP and projector read, and of the decoder only the embeddings are there."""
         vision, kind = self.config.vision_config, self.kind.without_quantisation()
         width, image = vision.hidden_size, self.shape.rows * self.shape.image_tokens
         clip = vision_forward(
-            patches=self.patches(self.at_once), width=width, inner=vision.intermediate_size, kind=kind
+            crops=self.at_once,
+            patches=self.patches(1),
+            width=width,
+            inner=vision.intermediate_size,
+            heads=vision.num_attention_heads,
+            kind=kind,
         )
         read = self.patches(self.crops - self.at_once) * width * self.stored  # what CLIP gave for other crops
         merged = self.patches(self.crops) * width * self.stored
         # Arranged merged patches, and what the first linear and its GELU make of them.
         projector = merged + image * (4 * width * self.stored + 2 * self.width * kind.compute)
-        return self.pixels() + self.normalised() + max(read + clip, projector)
+        embeddings = self.n * self.width * self.stored
+        return embeddings + self.pixels() + self.normalised() + max(read + clip, projector)
 
     def largest_product(self) -> int:
         """The gradient of the largest linear as it is computed, before it is added to the others."""
