@@ -314,11 +314,11 @@ def mid_size() -> list[Case]:
         Case("QLoRA, 2 of 4 layers checkpointed", middle, replace(qlora, checkpointed=2), one),
         Case("QLoRA, float32", wide, replace(qlora, dtype="float32", autocast=False, dropout=0.0), small),
         Case("LoRA", middle, lora, two),
-        Case("LoRA, padding-free", middle, lora, two, padding_free=True),
-        Case("LoRA, CLIP reads 2 crops at a time", middle, replace(lora, vision_batch_size=2), two),
+        Case("LoRA, padding-free", middle, lora, two, True),
+        Case("LoRA, CLIP reads 2 crops at once", middle, replace(lora, vision_batch_size=2), two),
         Case("LoRA, cached features", middle, replace(lora, features=True), two),
         Case("LoRA, no checkpointing", middle, replace(lora, checkpointing=False), two),
-        Case("LoRA, padding-free, no checkpointing", middle, replace(lora, checkpointing=False), two, padding_free=True),
+        Case("LoRA, padding-free, no checkpointing", middle, replace(lora, checkpointing=False), two, True),
         Case("LoRA, no dropout, no checkpointing", wide, replace(lora, checkpointing=False, dropout=0.0), one),
         Case("LoRA on all parts", middle, replace(lora, adapt=("language_model", "projector", "vision_tower")), one),
         Case("LoRA, eager attention", wide, replace(lora, attention="eager", checkpointing=False), small),
@@ -333,6 +333,7 @@ def full_size() -> list[Case]:
     """Phi-3-vision, 16 crops unless said otherwise. No 4-bit: bitsandbytes cannot quantise what has no data."""
     real = config_of(3072, 32, 32, 8192, 24)
     one = Shape(1, 2600, 2509, 17, 40, ((1344, 1344),))
+    two = replace(one, rows=2)
     few = Shape(4, 850, 757, 5, 40, ((672, 672),))
     lora = Setting(rank=32, cuda=False)
     full = Setting(dtype="float32", lora=False, cuda=False)
@@ -341,9 +342,9 @@ def full_size() -> list[Case]:
         Case("LoRA", real, lora, one),
         Case("LoRA, 12 of 32 layers checkpointed", real, replace(lora, checkpointed=12), one),
         Case("LoRA, 31 of 32 layers checkpointed", real, replace(lora, checkpointed=31), one),
-        Case("LoRA, 2 rows", real, lora, replace(one, rows=2)),
-        Case("LoRA, 2 rows, CLIP reads 8 crops at a time", real, replace(lora, vision_batch_size=8), replace(one, rows=2)),
-        Case("LoRA, 2 rows, cached features", real, replace(lora, features=True), replace(one, rows=2)),
+        Case("LoRA, 2 rows", real, lora, two),
+        Case("LoRA, 2 rows, CLIP reads 8 crops at once", real, replace(lora, vision_batch_size=8), two),
+        Case("LoRA, 2 rows, cached features", real, replace(lora, features=True), two),
         Case("LoRA, 4 rows of 4 crops, no checkpointing", real, replace(lora, checkpointing=False), few),
         Case("LoRA, no checkpointing, no dropout", real, replace(lora, checkpointing=False, dropout=0.0), one),
         Case("LoRA on all parts", real, replace(lora, adapt=every), one),

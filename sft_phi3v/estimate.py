@@ -585,8 +585,9 @@ class Step:
         vision, checkpointing = self.vision(self.crops), self.setting.checkpointing
         seen = self.vision_layers * (vision.stream if checkpointing else vision.saved) + self.projector_saved()
         if self.kind.full or checkpointing:  # a gradient for what the first layer reads: the norm before it keeps that
-            seen += vision.stream * (1 if self.kind.full else 2)
-            return seen + self.kind.full * self.normalised() * self.kind.compute // 4  # for the patch embedding's weight
+            if self.kind.full:  # and crops as they are computed with, for the patch embedding's weight
+                return seen + vision.stream + self.normalised() * self.kind.compute // 4
+            return seen + 2 * vision.stream
         return seen - vision.less
 
     def last_norm(self) -> int:

@@ -103,6 +103,7 @@ def flops_per_row(setting: Setting, config: Phi3VConfig, weights: Sequence[Weigh
             numbers[weight.part] += weight.numel
     each, crops = step.patches(1), 0 if setting.features else shape.crops
     layers = config.num_hidden_layers
+    clip = 2 * numbers["vision_tower"] + 4 * each * vision.hidden_size * step.vision_layers  # per patch
     # Scores and sums of values: half of tokens × tokens, since nobody looks ahead.
     layer = 2 * numbers["language_model"] // layers * shape.tokens + 2 * shape.tokens**2 * config.hidden_size
     mlp = 2 * 3 * config.hidden_size * config.intermediate_size
@@ -110,7 +111,7 @@ def flops_per_row(setting: Setting, config: Phi3VConfig, weights: Sequence[Weigh
     forward = {
         "language_model": (layers - 1) * layer + last,
         "projector": 0 if setting.features else 2 * numbers["projector"] * shape.image_tokens,
-        "vision_tower": crops * each * (2 * numbers["vision_tower"] + 4 * each * vision.hidden_size * step.vision_layers),
+        "vision_tower": crops * each * clip,
         "lm_head": 2 * numbers["lm_head"] * shape.supervised,
     }
     again = 1 if setting.checkpointing else 0
