@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -29,7 +30,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from sft_phi3v.estimate import Setting, Shape, Step, weights_of
 from sft_phi3v.model import checkpoint_layers, target_pattern
-from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM
+from sft_phi3v.phi3_v import SDPA_BY_ROW, Phi3VConfig, Phi3VForCausalLM
 from sft_phi3v.phi3_v.modeling_phi3_v import Phi3VModel
 
 
@@ -70,6 +71,7 @@ class Case:
     config: Phi3VConfig
     setting: Setting
     shape: Shape
+    padding_free: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Measured:
     parameters: int
     gradients: int
     optimiser: int
+    reads: int  # at most, while CLIP and projector read, if they are frozen; else 0
     kept: int
     loss: int  # at most, while the loss and its gradient are computed
     back: int  # at most, while layers are gone through backwards
@@ -88,7 +91,7 @@ def build(case: Case) -> nn.Module:
     """The model as a run would train it: quantised, adapted, its weights of a dtype; their numbers mean nothing."""
     setting = case.setting
     dtype = getattr(torch, setting.dtype)
-    case.config._attn_implementation = setting.attention
+    case.config._attn_implementation = SDPA_BY_ROW if case.padding_free else setting.attention
     with torch.device("meta"):
         model = Phi3VForCausalLM(case.config)
     _materialise(model, dtype)
@@ -109,6 +112,7 @@ def build(case: Case) -> nn.Module:
         _materialise(adapted, torch.float32, only="lora_")
         model = adapted
     base = model.get_base_model() if setting.lora else model
+    base.model.vision_batch_size = setting.vision_batch_size
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     if setting.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -153,19 +157,34 @@ def _in_4bit(linear: nn.Linear, setting: Setting) -> nn.Module:
     return made
 
 
-def batch_of(case: Case) -> dict[str, torch.Tensor]:
-    """Ids with one run of image tokens per row, and labels at its end."""
+def batch_of(case: Case) -> dict[str, Any]:
+    """
+    Ids with one run of image tokens per row and labels at its end, as training hands them to the model. What
+    `only_supervised` finds in the labels is written down here: tensors without data cannot be looked through.
+    """
     shape = case.shape
     ids = torch.full((shape.rows, shape.tokens), 5)
     ids[:, 4 : 4 + shape.image_tokens] = case.config.image_token_id
-    labels = torch.full_like(ids, -100)
-    labels[:, -shape.supervised :] = 7
-    return {
+    before_labels = torch.arange(shape.tokens - shape.supervised - 1, shape.tokens - 1)
+    kept = (torch.arange(shape.rows).unsqueeze(1) * shape.tokens + before_labels).flatten()
+    batch = {
         "input_ids": ids,
-        "labels": labels,
-        "pixel_values": torch.zeros(shape.rows * shape.crops, 3, 336, 336),
+        "shift_labels": torch.full((1, shape.rows * shape.supervised), 7),
+        "kept_positions": kept,
         "image_sizes": torch.tensor([[side * 336 for side in grid_of(shape)]] * shape.rows),
     }
+    if case.setting.features:
+        width = torch.bfloat16 if case.setting.autocast else getattr(torch, case.setting.dtype)
+        batch["image_features"] = torch.zeros(shape.rows * shape.image_tokens, case.config.hidden_size, dtype=width)
+    else:
+        batch["pixel_values"] = torch.zeros(shape.rows * (shape.crops - 1), 3, 336, 336, dtype=torch.uint8)
+    if case.padding_free:
+        starts = torch.arange(shape.rows + 1, dtype=torch.int32) * shape.tokens
+        batch["input_ids"] = ids.view(1, -1)
+        batch["position_ids"] = torch.arange(shape.tokens).repeat(shape.rows).unsqueeze(0)
+        batch |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+        batch |= {"max_length_q": shape.tokens, "max_length_k": shape.tokens}
+    return batch
 
 
 def grid_of(shape: Shape) -> tuple[int, int]:
@@ -178,12 +197,12 @@ def grid_of(shape: Shape) -> tuple[int, int]:
 def without_values(case: Case) -> Iterator[None]:
     """Lets the model run on tensors without data, where it would look at ids and sizes to check them."""
 
-    def features(self: Phi3VModel, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
+    read = Phi3VModel.get_image_features
+
+    def features(self: Phi3VModel, pixel_values: torch.Tensor, _: Any) -> torch.Tensor:
         height, width = grid_of(case.shape)
-        merged = self._merge_patches(self._vision_features(pixel_values))
-        return self.multi_modal_projector(
-            self.multi_modal_projector.arrange(merged, [(height * 336, width * 336)] * case.shape.rows)
-        )
+        sizes: Any = SimpleNamespace(tolist=lambda: [(height * 336, width * 336)] * case.shape.rows)
+        return read(self, pixel_values, sizes)
 
     def place(self: Phi3VModel, ids: torch.Tensor, embeds: torch.Tensor, found: torch.Tensor, _: Any) -> torch.Tensor:
         return embeds.masked_scatter((ids == self.config.image_token_id).unsqueeze(-1), found.to(embeds))
@@ -193,6 +212,11 @@ def without_values(case: Case) -> Iterator[None]:
         stack.enter_context(mock.patch.object(Phi3VModel, "get_image_features", features))
         stack.enter_context(mock.patch.object(Phi3VModel, "_place", place))
         yield
+
+
+def reads_alone(case: Case) -> bool:
+    """Whether CLIP reads, and keeps nothing of it."""
+    return case.setting.lora and not case.setting.features and "vision_tower" not in case.setting.adapt
 
 
 def measure(case: Case, *, data: bool = True) -> Measured:
@@ -224,6 +248,7 @@ def measure(case: Case, *, data: bool = True) -> Measured:
             output.last_hidden_state.register_hook(note)
 
         inner = model.get_base_model().model if case.setting.lora else model.model
+        inner.multi_modal_projector.register_forward_hook(note)
         inner.register_forward_hook(at_last_hidden_state)
         with live:
             batch = batch_of(case)
@@ -242,8 +267,9 @@ def measure(case: Case, *, data: bool = True) -> Measured:
             parameters=sum(_bytes(tensor) for tensor in [*model.parameters(), *constants]),
             gradients=sum(_bytes(weight.grad) for weight in trained),
             optimiser=sum(_bytes(tensor) for tensor in moments),
+            reads=peaks[0] if reads_alone(case) else 0,
             kept=kept,
-            loss=peaks[1],
+            loss=peaks[-1],
             back=live.peak,
         )
 
@@ -265,6 +291,7 @@ def estimated(case: Case) -> Measured:
         parameters=sum(step.weights_stored().values()) + (4 * step.trained if case.setting.lora else 0),
         gradients=4 * step.trained,
         optimiser=step.optimiser(),
+        reads=moments["CLIP reads"] if reads_alone(case) else 0,
         kept=step.kept(),
         loss=max(moments["loss"], moments["loss backwards"]),
         back=max(most for name, most in moments.items() if name.endswith(" back")),
@@ -287,7 +314,11 @@ def mid_size() -> list[Case]:
         Case("QLoRA, 2 of 4 layers checkpointed", middle, replace(qlora, checkpointed=2), one),
         Case("QLoRA, float32", wide, replace(qlora, dtype="float32", autocast=False, dropout=0.0), small),
         Case("LoRA", middle, lora, two),
+        Case("LoRA, padding-free", middle, lora, two, True),
+        Case("LoRA, CLIP reads 2 crops at once", middle, replace(lora, vision_batch_size=2), two),
+        Case("LoRA, cached features", middle, replace(lora, features=True), two),
         Case("LoRA, no checkpointing", middle, replace(lora, checkpointing=False), two),
+        Case("LoRA, padding-free, no checkpointing", middle, replace(lora, checkpointing=False), two, True),
         Case("LoRA, no dropout, no checkpointing", wide, replace(lora, checkpointing=False, dropout=0.0), one),
         Case("LoRA on all parts", middle, replace(lora, adapt=("language_model", "projector", "vision_tower")), one),
         Case("LoRA, eager attention", wide, replace(lora, attention="eager", checkpointing=False), small),
@@ -302,6 +333,7 @@ def full_size() -> list[Case]:
     """Phi-3-vision, 16 crops unless said otherwise. No 4-bit: bitsandbytes cannot quantise what has no data."""
     real = config_of(3072, 32, 32, 8192, 24)
     one = Shape(1, 2600, 2509, 17, 40, ((1344, 1344),))
+    two = replace(one, rows=2)
     few = Shape(4, 850, 757, 5, 40, ((672, 672),))
     lora = Setting(rank=32, cuda=False)
     full = Setting(dtype="float32", lora=False, cuda=False)
@@ -310,7 +342,9 @@ def full_size() -> list[Case]:
         Case("LoRA", real, lora, one),
         Case("LoRA, 12 of 32 layers checkpointed", real, replace(lora, checkpointed=12), one),
         Case("LoRA, 31 of 32 layers checkpointed", real, replace(lora, checkpointed=31), one),
-        Case("LoRA, 2 rows", real, lora, replace(one, rows=2)),
+        Case("LoRA, 2 rows", real, lora, two),
+        Case("LoRA, 2 rows, CLIP reads 8 crops at once", real, replace(lora, vision_batch_size=8), two),
+        Case("LoRA, 2 rows, cached features", real, replace(lora, features=True), two),
         Case("LoRA, 4 rows of 4 crops, no checkpointing", real, replace(lora, checkpointing=False), few),
         Case("LoRA, no checkpointing, no dropout", real, replace(lora, checkpointing=False, dropout=0.0), one),
         Case("LoRA on all parts", real, replace(lora, adapt=every), one),
@@ -319,13 +353,20 @@ def full_size() -> list[Case]:
     ]
 
 
+def _compared(counted: int, other: int) -> str:
+    if not counted:
+        return "–"
+    off = f"{other / counted - 1:+.1%}"
+    return f"{counted / 1e6:,.1f} / {other / 1e6:,.1f} ({'0%' if off[1:] == '0.0%' else off})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full_size", action="store_true", help="Phi-3-vision itself, on tensors without data")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, Python {platform.python_version()}; MB: measured / estimated\n")
-    columns = ["weights, adapters", "gradients", "optimiser", "kept", "at the loss", "layers back"]
+    columns = ["weights, adapters", "gradients", "optimiser", "CLIP reads", "kept", "at the loss", "layers back"]
     print(f"| setting | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for case in full_size() if options.full_size else mid_size():
         # Tensors without data have no values to see that nothing is padding, so that sdpa always gets its mask.
@@ -334,7 +375,7 @@ def main() -> None:
         cells = []
         for name, counted in vars(found).items():
             other = getattr(said, name)
-            cells.append(f"{counted / 1e6:,.1f} / {other / 1e6:,.1f} ({other / counted - 1:+.1%})")
+            cells.append(_compared(counted, other))
         print(f"| {case.name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -87,7 +87,16 @@ def _adapted(tokens: int, width: int, size: int, kind: Numerics, *, fresh: bool 
 
 
 def decoder_layer(
-    *, rows: int, tokens: int, hidden: int, inner: int, heads: int, kv_heads: int, kind: Numerics, adapted: bool
+    *,
+    rows: int,
+    tokens: int,
+    hidden: int,
+    inner: int,
+    heads: int,
+    kv_heads: int,
+    kind: Numerics,
+    adapted: bool,
+    given: int | None = None,
 ) -> Layer:
     """
     One layer of Phi-3's decoder.
@@ -101,15 +110,18 @@ def decoder_layer(
         kv_heads (`int`): Heads of keys and values.
         kind ([`Numerics`]): In what numbers are kept.
         adapted (`bool`): Whether its four linears have LoRA.
+        given (`int`, *optional*): Positions that the layer gives, and runs its MLP on: of the last one, a few.
 
     Returns:
         [`Layer`]: Bytes.
     """
     n, compute, stored = rows * tokens, kind.compute, kind.stored
+    m = n if given is None else given
     keys = hidden * kv_heads // heads
-    norm = n * hidden * 4 + n * 4  # the input in float32, and one number per token
+    each = hidden * 4 + 4  # the input in float32, and one number per token
     if kind.full:
-        norm += n * hidden * stored  # for the gradient of its weight
+        each += hidden * stored  # for the gradient of its weight
+    norm, norm_2 = n * each, m * each
     attention = n * hidden * compute + n * (keys if kv_heads == heads else 2 * hidden) * compute  # rotated, repeated
     scores = rows * heads * tokens * tokens
     if kind.attention == "eager":
@@ -119,32 +131,35 @@ def decoder_layer(
         attention += n * heads * 4
         if kind.attention == "sdpa" and kind.padded:
             attention += rows * tokens * tokens * compute
-    swiglu = n * 3 * inner * compute  # gate and up, silu(gate)
+    swiglu = m * 3 * inner * compute  # gate and up, silu(gate)
     if kind.full:  # at_o: attention gives its output in the layout of the queries, and o_proj reads a copy
-        at_qkv, at_o, at_gate, at_down = (n * width * compute for width in (hidden, hidden, hidden, inner))
+        at_qkv = at_o = n * hidden * compute
+        at_gate, at_down = m * hidden * compute, m * inner * compute
         masked = 0
     elif adapted:
         at_qkv, masked = _adapted(n, hidden, stored, kind)
         at_o, _ = _adapted(n, hidden, compute, kind)
-        at_gate, _ = _adapted(n, hidden, stored, kind)
-        at_down, _ = _adapted(n, inner, compute, kind)
+        at_gate, _ = _adapted(m, hidden, stored, kind)
+        at_down, _ = _adapted(m, inner, compute, kind)
     else:
         at_qkv = at_o = at_gate = at_down = masked = 0
-    saved = 2 * norm + attention + swiglu + at_qkv + at_o + at_gate + at_down
+    saved = norm + norm_2 + attention + swiglu + at_qkv + at_o + at_gate + at_down
     streams = n * hidden * stored
     working = max(
         # forward, at down_proj: the product, the float32 input of the adapter, that after dropout, three streams
-        _at_input(n, inner, kind, adapted) + n * hidden * compute + 2 * streams,
+        _at_input(m, inner, kind, adapted) + m * hidden * compute + 2 * streams,
         # forward, at gate_up_proj: base, adapter and their sum, where what follows is not there yet
-        n * 2 * inner * (compute + 2 * max(compute, kind.adapter)) * adapted + streams
-        + n * hidden * (4 if adapted and kind.casts else 0) - swiglu - at_down,
+        m * 2 * inner * (compute + 2 * max(compute, kind.adapter)) * adapted + streams
+        + m * hidden * (4 if adapted and kind.casts else 0) - swiglu - at_down,
         # backward, at down_proj: gradients of its input, by base and by adapter, and their sum
-        n * inner * (3 * compute if adapted else compute) - at_down + 2 * streams,
+        m * inner * (3 * compute if adapted else compute) - at_down + 2 * streams,
         # backward, through SwiGLU: gradients of gate, up and the product
-        n * 3 * inner * compute - at_down + 2 * streams,
+        m * 3 * inner * compute - at_down + 2 * streams,
+        # backward, through attention: gradients of its output, and of queries, keys and values
+        n * 2 * (hidden + keys) * compute - swiglu - at_down - at_gate - norm_2 - at_o + 2 * streams,
     )  # fmt: skip
     if kind.attention == "eager":  # backward, at the softmax, where the rest of the layer is gone
-        working = max(working, scores * (8 + compute) - swiglu - at_down - at_gate - norm)
+        working = max(working, scores * 8 - swiglu - at_down - at_gate - norm_2 - at_o)
     return Layer(saved, max(working, 0), streams, norm + masked)
 
 
@@ -199,7 +214,13 @@ def vision_layer(*, patches: int, width: int, inner: int, heads: int, kind: Nume
     return Layer(2 * norm + attention + gelu + linears, working, streams, norm)
 
 
-def vision_forward(*, patches: int, crops: int, width: int, inner: int, kind: Numerics) -> int:
-    """Most that CLIP needs while it only reads: pixels, three streams, and `x`, `σ(1.702·x)` and their product."""
-    pixels = crops * 3 * 336 * 336 * 4
-    return pixels + patches * (3 * inner * kind.compute + 3 * width * kind.stored)
+def vision_forward(*, crops: int, patches: int, width: int, inner: int, heads: int, kind: Numerics) -> int:
+    """
+    Most that CLIP needs while it only reads so many crops: three streams, and `x`, `σ(1.702·x)` and their product. If
+    attention is eager: two streams, queries, keys and values, and scores, twice in float32.
+    """
+    gelu = crops * patches * (3 * inner * kind.compute + 3 * width * kind.stored)
+    if kind.attention != "eager":
+        return gelu
+    streams = crops * patches * width * (2 * kind.stored + 3 * kind.compute)
+    return max(gelu, streams + crops * heads * patches**2 * (8 + kind.compute))

@@ -3,8 +3,8 @@
 The largest batch that a recipe can draw decides about memory ([`Shape`]). A step has moments that can be its fullest,
 and the one that is names the peak ([`Memory.moment`]):
 
-    CLIP reads → … → loss, and backwards → last layer back → … → first layer back → CLIP back → … → optimiser step
-    └ nothing kept    └ everything kept                        └ most gradients     └ if it is trained └ all gradients
+    CLIP reads → … → loss, and backwards → last layers back → … → first layer back → CLIP back → … → optimiser step
+    └ nothing kept    └ everything kept                         └ most gradients     └ if it is trained └ all gradients
 
 `docs/fit.md` has every formula with its reason, and what was measured against it.
 """
@@ -58,7 +58,7 @@ class Shape:
 
     Args:
         rows (`int`): Rows per device and step.
-        tokens (`int`): Tokens per row, padded.
+        tokens (`int`): Tokens per row, padded. Without padding a row has at most so many.
         image_tokens (`int`): Of these, a row's pictures'.
         crops (`int`): Crops per row, each picture's global one among them.
         supervised (`int`): Supervised tokens per row.
@@ -96,9 +96,10 @@ class Shape:
                 crops=math.ceil(plan.most([_crops(found, num_crops) for found in lengths]) / rows),
                 supervised=math.ceil(plan.most([found.supervised for found in lengths]) / rows),
                 sizes=fullest.sizes,
-                padded=plan.padded and rows > 1 and len({found.tokens for found in lengths}) > 1,
+                padded=plan.padded and rows > 1 and _differ(lengths),
             )
-        rows, multiple = recipe.training.per_device_train_batch_size, recipe.training.pad_to_multiple_of or 1
+        rows = recipe.training.per_device_train_batch_size
+        multiple = (not recipe.padding_free and recipe.training.pad_to_multiple_of) or 1
         longest = max(found.tokens for found in lengths)
         fullest = max(lengths, key=lambda found: found.image_tokens)
         return cls(
@@ -108,7 +109,7 @@ class Shape:
             crops=max(_crops(found, num_crops) for found in lengths),
             supervised=max(found.supervised for found in lengths),
             sizes=fullest.sizes,
-            padded=rows > 1 and len({found.tokens for found in lengths}) > 1,
+            padded=rows > 1 and not recipe.padding_free and _differ(lengths),
         )
 
     @classmethod
@@ -143,6 +144,10 @@ def grid(size: tuple[int, int], num_crops: int) -> tuple[int, int]:
     return (columns, rows) if transposed else (rows, columns)
 
 
+def _differ(lengths: Sequence[Lengths]) -> bool:
+    return len({found.tokens for found in lengths}) > 1
+
+
 def _crops(row: Lengths, num_crops: int) -> int:
     return sum(math.prod(grid(size, num_crops)) + 1 for size in row.sizes)
 
@@ -169,7 +174,9 @@ class Setting:
         processes (`int`): GPUs.
         sharded (`bool`): FSDP: weights, gradients and optimiser are shared out over them.
         budget (`int`, *optional*): Most tokens of a batch, where batches are planned.
-        cuda (`bool`): `False` describes a step on a CPU, which keeps wider dropout masks and scores every position.
+        cuda (`bool`): `False` describes a step on a CPU, which keeps wider dropout masks.
+        features (`bool`): Whether batches hold image features, of `feature_cache`, and no pixels.
+        vision_batch_size (`int`, *optional*): Crops that the vision tower reads at a time; `None`: all of a batch.
     """
 
     dtype: str = "bfloat16"
@@ -191,6 +198,8 @@ class Setting:
     sharded: bool = False
     cuda: bool = True
     budget: int | None = None
+    features: bool = False
+    vision_batch_size: int | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, *, processes: int = 1) -> "Setting":
@@ -217,6 +226,8 @@ class Setting:
             sharded=bool(training.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP"),
             cuda=not recipe.settings.get("use_cpu"),  # load_recipe sets training's own where no GPU is seen
             budget=recipe.task.max_tokens_per_batch,
+            features=recipe.task.feature_cache is not None,
+            vision_batch_size=recipe.task.vision_batch_size,
         )
 
 
@@ -411,6 +422,7 @@ class Step:
         self.trained = sum(map(math.prod, self.trained_shapes))
         self.parts = set(PARTS) if not setting.lora else {weight.part for weight in self.adapted}
         self.n, self.width = shape.rows * shape.tokens, config.hidden_size
+        self.scored = shape.rows * shape.supervised  # positions that the last layer gives
         self.shares = setting.processes if setting.sharded else 1
         layers = config.num_hidden_layers
         given = layers if setting.checkpointed is None else setting.checkpointed
@@ -430,7 +442,8 @@ class Step:
         """Bytes of the optimiser's states."""
         return optimiser_bytes(self.setting.optimiser, self.trained_shapes) // self.shares
 
-    def decoder(self) -> Layer:
+    def decoder(self, given: int | None = None) -> Layer:
+        """A layer of the decoder; the last one gives `scored` positions."""
         return decoder_layer(
             rows=self.shape.rows,
             tokens=self.shape.tokens,
@@ -440,6 +453,7 @@ class Step:
             kv_heads=self.config.num_key_value_heads or self.config.num_attention_heads,
             kind=self.kind,
             adapted="language_model" in self.parts and self.setting.lora,
+            given=given,
         )
 
     @property
@@ -449,14 +463,22 @@ class Step:
         ]
 
     @property
-    def patches(self) -> int:
-        vision = self.config.vision_config
-        return self.shape.rows * self.shape.crops * ((vision.image_size // vision.patch_size) ** 2 + 1)
+    def crops(self) -> int:
+        """Crops that CLIP reads in a step: none where their features are cached."""
+        return 0 if self.setting.features else self.shape.rows * self.shape.crops
 
-    def vision(self) -> Layer:
+    @property
+    def at_once(self) -> int:
+        return min(self.crops, self.setting.vision_batch_size or self.crops)
+
+    def patches(self, crops: int) -> int:
+        vision = self.config.vision_config
+        return crops * ((vision.image_size // vision.patch_size) ** 2 + 1)
+
+    def vision(self, crops: int) -> Layer:
         vision = self.config.vision_config
         return vision_layer(
-            patches=self.patches,
+            patches=self.patches(crops),
             width=vision.hidden_size,
             inner=vision.intermediate_size,
             heads=vision.num_attention_heads,
@@ -509,17 +531,17 @@ class Step:
 
     def head(self, *, back: bool) -> int:
         """TRL's fused LM head: a tile of logits; in its backward pass also the gradient of hidden states, float32."""
-        shape, vocabulary = self.shape, self.config.vocab_size
-        scored = shape.rows * (shape.supervised if self.setting.cuda else shape.tokens - 1)
-        tile = min(scored, SCORED_AT_ONCE) * VOCABULARY_AT_ONCE
-        logits = tile * self.kind.compute
-        if (
-            not self.setting.cuda
-        ):  # Without Triton, float32: three numbers for each logit; back, seven and a truth value
-            logits += (29 if back else 12) * min(scored, SCORED_AT_ONCE) * min(vocabulary, VOCABULARY_AT_ONCE)
+        scored, vocabulary = self.scored, self.config.vocab_size
+        rows, columns = min(scored, SCORED_AT_ONCE), min(vocabulary, VOCABULARY_AT_ONCE)
+        logits = rows * VOCABULARY_AT_ONCE * self.kind.compute
+        if not self.setting.cuda:
+            # Without Triton, float32: three numbers for each logit; back, seven and a truth value. Then the gradient is
+            # multiplied in float32, for which a CPU copies the head's weight.
+            product = 4 * columns * (self.width + rows) if back and self.kind.compute != 4 else 0
+            logits += max((29 if back else 12) * rows * columns, product)
         if self.stored != self.kind.compute:
-            logits += min(vocabulary, VOCABULARY_AT_ONCE) * self.width * self.kind.compute
-        if self.setting.cuda or shape.rows > 1:
+            logits += columns * self.width * self.kind.compute
+        if self.setting.cuda:
             logits += scored * self.width * self.stored  # the hidden states that are scored, put together
         return logits + (scored * self.width * 4 if back else 0)
 
@@ -531,7 +553,10 @@ class Step:
     def held(self) -> int:
         """Activations from the decoder's forward pass on: of its layers, the pictures themselves, and masks."""
         shape, layer = self.shape, self.decoder()
-        held = self.recomputed * layer.stream + self.keeping * layer.saved + self.pixels()
+        held = self.recomputed * layer.stream + self.pixels()
+        held += 2 * self.n * self.width // self.config.num_attention_heads * self.stored  # positions' cosines and sines
+        if self.keeping:
+            held += (self.keeping - 1) * layer.saved + self.decoder(self.scored).saved
         if not self.input_grad:
             held -= layer.less
         if self.setting.checkpointing and self.setting.lora:
@@ -543,24 +568,32 @@ class Step:
         return held
 
     def pixels(self) -> int:
-        """The batch's crops, float32."""
-        return self.shape.rows * self.shape.crops * 3 * CROP * CROP * 4
+        """The batch's local crops, a byte a number; or its image features."""
+        shape = self.shape
+        if self.setting.features:
+            return shape.rows * shape.image_tokens * self.width * min(self.kind.compute, self.stored)
+        return shape.rows * max(shape.crops - len(shape.sizes), 0) * 3 * CROP * CROP
+
+    def normalised(self) -> int:
+        """All crops as CLIP reads them: float32."""
+        return self.crops * 3 * CROP * CROP * 4
 
     def seen(self) -> int:
         """Activations of CLIP and projector, where these are trained."""
         if "vision_tower" not in self.parts:
             return self.projector_saved()
-        vision, checkpointing = self.vision(), self.setting.checkpointing
+        vision, checkpointing = self.vision(self.crops), self.setting.checkpointing
         seen = self.vision_layers * (vision.stream if checkpointing else vision.saved) + self.projector_saved()
         if self.kind.full or checkpointing:  # a gradient for what the first layer reads: the norm before it keeps that
-            seen += vision.stream * (1 if self.kind.full else 2)
-            return seen + (self.pixels() // 2 if self.kind.full and self.setting.autocast else 0)
+            if self.kind.full:  # and crops as they are computed with, for the patch embedding's weight
+                return seen + vision.stream + self.normalised() * self.kind.compute // 4
+            return seen + 2 * vision.stream
         return seen - vision.less
 
     def last_norm(self) -> int:
         """What the norm after the last layer keeps, and its output."""
-        stream = self.n * self.width * self.stored
-        return self.n * self.width * 4 + (2 if self.kind.full else 1) * stream
+        stream = self.scored * self.width * self.stored
+        return self.scored * self.width * 4 + (2 if self.kind.full else 1) * stream
 
     def kept(self) -> int:
         """Everything but weights that lives from the forward to the backward pass."""
@@ -571,11 +604,14 @@ class Step:
 
     def moments(self) -> dict[str, dict[str, int]]:
         """What there is beside weights, adapters and optimiser, at each moment that can be the fullest."""
-        setting, layer = self.setting, self.decoder()
-        # The last layer is computed again only where all are. Further back, a layer that recomputes takes the place of
-        # the one after it, which is gone: no moment in between is fuller than both the last and the first layer's.
-        again = 0 if self.keeping else layer.saved
+        setting, layer, last = self.setting, self.decoder(), self.decoder(self.scored)
+        # The last layer is computed again only where all are; that before it, which is larger, where but one is not.
+        # Further back, a layer that recomputes takes the place of the one after it, which is gone: no moment in between
+        # is fuller than both these and the first layer's.
+        again = 0 if self.keeping else last.saved
+        before_it = (layer.saved if self.keeping < 2 else 0) - (last.saved if self.keeping else last.stream)
         held, seen, stream = self.held(), self.seen(), self.n * self.width * self.stored
+        given = self.scored * self.width * self.stored
         decoder = self.cast("model.language_model.layers.", layers=self.config.num_hidden_layers)
         gradients = 4 * self.trained // self.shares
         buckets = gradients if setting.processes > 1 and not setting.sharded else 0  # DDP sends copies
@@ -585,9 +621,8 @@ class Step:
         later = 0 if setting.accumulation > 1 else self.gradients_of("model.vision_tower.")
         after = buckets + gradients
         product = self.largest_product()
-        extra = {"dequantised weight": self.dequantised()} if setting.bits else {}
-        if setting.sharded:
-            extra["gathered layers"] = self.gathered()
+        extra = {"gathered layers": self.gathered()} if setting.sharded else {}
+        weight = {"dequantised weight": self.dequantised()} if setting.bits else {}
 
         def moment(activations: int, casts: int, grads: int) -> dict[str, int]:
             return {"activations": activations, "casts by autocast": casts, "gradients": grads, **extra}
@@ -600,43 +635,65 @@ class Step:
         graph = projector + self.cast_of_keeping() if setting.checkpointing else every
         # A loss over an lm_head that is trained makes that gradient first, beside the one of the passes before.
         head = 4 * self.config.vocab_size * self.width // self.shares if self.kind.full else 0
+        reads = {} if setting.features else {"CLIP reads": moment(self.reading(), 0, before)}
         found = {
-            "CLIP reads": moment(self.reading(), 0, before),
-            "loss": moment(held + seen + self.last_norm() + stream, cached, before) | {"logits": self.head(back=False)},
-            "loss backwards": moment(held + seen + self.last_norm() + 2 * stream, graph, before + head)
+            **reads,
+            "loss": moment(held + seen + self.last_norm() + given, cached, before) | {"logits": self.head(back=False)},
+            "loss backwards": moment(held + seen + self.last_norm() + 2 * given, graph, before + head)
             | {"logits": self.head(back=True)},
             "last layer back": moment(
-                held + seen + again + layer.working + stream + product,
+                held + seen + again + last.working + stream + product,
                 graph if self.keeping else decoder,
                 before + head,
-            ),
+            )
+            | weight,
+            "layer before it back": moment(
+                held + seen + before_it + layer.working + stream + product,
+                max(graph, decoder),
+                before + head,
+            )
+            | weight,
             "first layer back": moment(
                 self.pixels() + seen + layer.saved + layer.working + stream + product,
                 decoder,
                 after - late - later,
-            ),
+            )
+            | weight,
             "embeddings back": moment(self.pixels(), 0, after),
             "optimiser step": moment(0, 0, after + (gradients if setting.optimiser == "adamw_torch" else 0)),
         }
         if "vision_tower" in self.parts:
-            vision = self.vision()
-            again = vision.saved if setting.checkpointing else 0
+            vision, few = self.vision(self.crops), self.vision(self.at_once)
+            again = few.saved if setting.checkpointing else 0
             one = self.cast("model.vision_tower.", layers=self.vision_layers)
             found["CLIP's last layer back"] = moment(
-                self.pixels() + seen + again + vision.working + product,
+                self.pixels() + seen + again + few.working + product,
                 one if setting.checkpointing else self.cast("model.vision_tower."),
                 after - late - later,
             )
             found["CLIP's first layer back"] = moment(
-                self.pixels() + vision.stream + vision.saved + vision.working + product, one, after - late
+                self.pixels() + vision.stream + few.saved + few.working + product, one, after - late
             )
         return found
 
     def reading(self) -> int:
-        """While CLIP reads and nothing else is there."""
+        """While CLIP and projector read, and of the decoder only the embeddings are there."""
         vision, kind = self.config.vision_config, self.kind.without_quantisation()
-        sizes = {"width": vision.hidden_size, "inner": vision.intermediate_size, "kind": kind}
-        return vision_forward(patches=self.patches, crops=self.shape.rows * self.shape.crops, **sizes)
+        width, image = vision.hidden_size, self.shape.rows * self.shape.image_tokens
+        clip = vision_forward(
+            crops=self.at_once,
+            patches=self.patches(1),
+            width=width,
+            inner=vision.intermediate_size,
+            heads=vision.num_attention_heads,
+            kind=kind,
+        )
+        read = self.patches(self.crops - self.at_once) * width * self.stored  # what CLIP gave for other crops
+        merged = self.patches(self.crops) * width * self.stored
+        # Arranged merged patches, and what the first linear and its GELU make of them.
+        projector = merged + image * (4 * width * self.stored + 2 * self.width * kind.compute)
+        embeddings = self.n * self.width * self.stored
+        return embeddings + self.pixels() + self.normalised() + max(read + clip, projector)
 
     def largest_product(self) -> int:
         """The gradient of the largest linear as it is computed, before it is added to the others."""

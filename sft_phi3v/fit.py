@@ -101,22 +101,24 @@ def flops_per_row(setting: Setting, config: Phi3VConfig, weights: Sequence[Weigh
     for weight in weights:
         if weight.linear and weight.computed:
             numbers[weight.part] += weight.numel
-    patches = step.patches // shape.rows
+    each, crops = step.patches(1), 0 if setting.features else shape.crops
+    layers = config.num_hidden_layers
+    clip = 2 * numbers["vision_tower"] + 4 * each * vision.hidden_size * step.vision_layers  # per patch
+    # Scores and sums of values: half of tokens × tokens, since nobody looks ahead.
+    layer = 2 * numbers["language_model"] // layers * shape.tokens + 2 * shape.tokens**2 * config.hidden_size
+    mlp = 2 * 3 * config.hidden_size * config.intermediate_size
+    last = layer - mlp * (shape.tokens - shape.supervised)  # of which the last layer runs on supervised tokens only
     forward = {
-        # Scores and sums of values: half of tokens × tokens, since nobody looks ahead.
-        "language_model": 2 * numbers["language_model"] * shape.tokens
-        + 2 * shape.tokens**2 * config.hidden_size * config.num_hidden_layers,
-        "projector": 2 * numbers["projector"] * shape.image_tokens,
-        "vision_tower": 2 * numbers["vision_tower"] * patches
-        + 4 * patches * (patches // shape.crops) * vision.hidden_size * step.vision_layers
-        if shape.crops
-        else 0,
+        "language_model": (layers - 1) * layer + last,
+        "projector": 0 if setting.features else 2 * numbers["projector"] * shape.image_tokens,
+        "vision_tower": crops * each * clip,
         "lm_head": 2 * numbers["lm_head"] * shape.supervised,
     }
     again = 1 if setting.checkpointing else 0
-    recomputed = step.recomputed / config.num_hidden_layers
+    recomputed = min(step.recomputed, layers - 1) * layer + (0 if step.keeping else last)
     back = 2 if step.kind.full else 1  # gradients of inputs, and of weights
-    times = {"language_model": 1 + recomputed + back, "lm_head": 2.0 + back}  # TRL computes logits twice
+    times = {"language_model": 1 + recomputed / forward["language_model"] + back}
+    times["lm_head"] = 2.0 + back  # TRL computes logits twice
     trained = "vision_tower" in step.parts
     times["vision_tower"] = 1 + again + back if trained else 1
     times["projector"] = 1 + back if trained or "projector" in step.parts else 1
@@ -345,6 +347,9 @@ def _changes(setting: Setting, config: Phi3VConfig, shape: Shape) -> list[Change
     if setting.lora and setting.rank > 8:
         rank = max(8, setting.rank // 2)
         made.append((f"lora_r: {rank}", lambda one: replace(one, rank=rank), same))
+    crops = shape.rows * shape.crops
+    if not setting.features and min(crops, setting.vision_batch_size or crops) > 8:
+        made.append(("vision_batch_size: 8", lambda one: replace(one, vision_batch_size=8), same))
     if setting.attention == "eager":
         made.append(("attn_implementation: sdpa", lambda one: replace(one, attention="sdpa"), same))
     if setting.processes > 1 and not setting.sharded:

@@ -141,6 +141,7 @@ def load_model(
             f"model_name_or_path: {recipe.model.model_name_or_path!r} lacks {len(missing)} tensors, such as "
             f"{missing[0]!r}: they would start from random numbers. The download may be incomplete."
         )
+    model.model.vision_batch_size = recipe.task.vision_batch_size
     return model
 
 

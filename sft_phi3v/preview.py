@@ -463,8 +463,8 @@ def cache_report(recipe: Recipe, prepared: Prepared) -> str:
         f"({'✓' if needed <= left else '✗ not enough:'} {left / GB:,.1f} GB left there)"
     ]
     setting, weights, shape = Setting.of(recipe), weights_of(config), Shape.mean(prepared.lengths, recipe, num_crops)
-    without = flops_per_row(setting, config, weights, replace(shape, crops=0, image_tokens=0))
-    saved = 1 - without / flops_per_row(setting, config, weights, shape)
+    computed = flops_per_row(replace(setting, features=False), config, weights, shape)
+    saved = 1 - flops_per_row(setting, config, weights, shape) / computed
     epoch, total = steps(prepared.overview["rows"]["train"], recipe, prepared.plan)
     # Features are made once, at what an epoch without them costs, and a little more for writing.
     lines.append(f"  a step from features takes {saved:.0%} fewer operations: {verdict(2, total / epoch)}")

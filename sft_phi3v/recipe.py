@@ -120,6 +120,13 @@ class TaskArguments:
             "projector, so that steps neither compute these nor decode pictures (docs/speed.md). null: none."
         },
     )
+    vision_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Crops that the vision tower reads at a time. null: all of a batch at once. Saves memory where the "
+            "tower is frozen, and changes nothing but rounding."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.held_out <= 0 or (self.held_out > 1 and self.held_out != int(self.held_out)):
@@ -133,7 +140,8 @@ class TaskArguments:
             raise ValueError(f"`generation_rows` is {self.generation_rows}, expected 0 or more.")
         if isinstance(self.checkpointed_layers, int) and self.checkpointed_layers < 0:
             raise ValueError(f"`checkpointed_layers` is {self.checkpointed_layers}, expected 0 or more, or auto.")
-        for key in ("num_crops", "eval_rows", "max_new_tokens", "generation_batch_size", "max_tokens_per_batch"):
+        at_least_one = ("num_crops", "eval_rows", "max_new_tokens", "generation_batch_size", "max_tokens_per_batch")
+        for key in (*at_least_one, "vision_batch_size"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"`{key}` is {value}, expected 1 or more.")
@@ -417,11 +425,12 @@ _PATHS = ("model_name_or_path", "dataset_name", "path", "source", "resume_from_c
 _REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 
 # What a resumed run may change: how long it runs, what it shows and keeps, how rows are spread over devices, what is
-# kept or computed again, and where image features are kept, which are the same up to the rounding of another batch.
+# kept or computed again, and where image features are kept and how many crops make them at a time: they are the same up
+# to the rounding of another batch.
 RESUMABLE = re.compile(
     r"nonfinite|feature_cache|max_steps|num_train_epochs|(logging|hub)_.*|save_(steps|strategy|total_limit)|dataloader_(?!drop_last).*|push_to_hub|report_to|run_name|disable_tqdm|"
     r"eval_strategy|eval_steps|per_device_(train|eval)_batch_size|gradient_accumulation_steps|generation_batch_size|"
-    r"checkpointed_layers|"
+    r"checkpointed_layers|vision_batch_size|"
     r"env|output_dir|source|source_image_column|fetch_.*|workers|engine|push|prepare|sizes|gpus?|gpu_price|efficiency|"
     r"model|split|limit|"
     r"adapter|merge_.*|compare_bases|what|license|language|card_examples|dry_run|replace"

@@ -1,9 +1,8 @@
 """The estimate of memory and time: exact where it can be, near what a step is seen to take, and its advice."""
 
-import importlib.util
+import importlib
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from sft_phi3v.collator import Lengths
 from sft_phi3v.estimate import (
     Setting,
     Shape,
+    Step,
     adapted_weights,
     estimate_memory,
     grid,
@@ -46,10 +46,9 @@ ONE = Shape(1, 2600, 2509, 17, 40, ((1344, 1344),))  # a square picture at 16 cr
 @pytest.fixture(scope="module")
 def memory():
     """`benchmarks/memory.py`, which runs steps and counts."""
-    spec = importlib.util.spec_from_file_location("memory", REPOSITORY / "benchmarks" / "memory.py")
-    module = sys.modules["memory"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPOSITORY / "benchmarks")
+        return importlib.import_module("memory")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +100,7 @@ def test_four_bits_hold_what_bitsandbytes_makes_of_the_real_model(real, weights)
 
 CASES = ["QLoRA, no checkpointing", "QLoRA, 2 of 4 layers checkpointed", "full, 1 of 4 layers checkpointed"]
 CASES += ["QLoRA, float32", "LoRA on all parts", "LoRA, eager attention", "full, float32"]
+CASES += ["LoRA, padding-free, no checkpointing", "LoRA, CLIP reads 2 crops at once", "LoRA, cached features"]
 
 
 def small(memory, name):
@@ -117,6 +117,7 @@ def test_a_step_takes_what_is_estimated(memory, name, one_thread):
     case = small(memory, name)
     found, said = memory.measure(case), memory.estimated(case)
     assert (said.parameters, said.gradients, said.optimiser) == (found.parameters, found.gradients, found.optimiser)
+    assert said.reads == pytest.approx(found.reads, rel=0.05)
     assert said.kept == pytest.approx(found.kept, rel=0.05)
     assert said.loss == pytest.approx(found.loss, rel=0.1)
     assert found.back * 0.95 < said.back < found.back * 1.3  # the dequantised weight stands in every moment's sum
@@ -129,7 +130,7 @@ def test_so_it_is_at_phi_3_visions_size(memory):
     case = replace(case, shape=replace(case.shape, padded=True))
     found, said = memory.measure(case, data=False), memory.estimated(case)
     assert said.parameters == found.parameters
-    for name in ("kept", "loss", "back"):
+    for name in ("reads", "kept", "loss", "back"):
         assert getattr(said, name) == pytest.approx(getattr(found, name), rel=0.1)
 
 
@@ -192,13 +193,16 @@ def test_more_gpus_share_only_what_fsdp_shards(real, weights):
 def test_each_layer_that_recomputes_takes_time_and_gives_memory(real, weights):
     setting = Setting(rank=32)
     memories = [found.total for found in by_layers(setting, real, weights, ONE)]
-    assert memories[:-1] == sorted(memories[:-1], reverse=True) and len(memories) == 33
-    # Where all recompute, the last one does so on top of what all keep: memory may not be less than with one fewer.
-    assert memories[-1] == memory_of(setting, real, weights, ONE).total < memories[-3]
-    flops = [flops_per_row(replace(setting, checkpointed=count), real, weights, ONE) for count in (0, 16, 32)]
+    assert memories[:-2] == sorted(memories[:-2], reverse=True) and len(memories) == 33
+    # The last layer keeps less than others: where the one before recomputes, it does so on top of what all keep, and
+    # memory may not be less than with one fewer.
+    assert memories[-1] == memory_of(setting, real, weights, ONE).total < memories[-4]
+    flops = [flops_per_row(replace(setting, checkpointed=count), real, weights, ONE) for count in (0, 15, 30, 31, 32)]
     assert flops[0] == flops_per_row(replace(setting, checkpointing=False), real, weights, ONE)
-    assert flops[2] == flops_per_row(setting, real, weights, ONE)
+    assert flops[4] == flops_per_row(setting, real, weights, ONE)
     assert flops[1] == pytest.approx((flops[0] + flops[2]) / 2)
+    mlp = 2 * 3 * 3072 * 8192 * (2600 - 40)  # which the last layer leaves out
+    assert flops[3] - flops[2] - (flops[4] - flops[3]) == pytest.approx(mlp, rel=1e-3)
 
 
 def test_auto_takes_as_few_layers_as_leave_a_tenth_over(monkeypatch, real, weights):
@@ -280,6 +284,44 @@ def test_the_largest_batch_of_some_rows(monkeypatch):
     assert shape.padded
     assert shape.with_crops(4).tokens == 2560 - 2509 + 757
     assert [grid(size, 16) for size in ((640, 480), (480, 640), (1000, 1000))] == [(3, 4), (4, 3), (4, 4)]
+
+
+def test_rows_behind_each_other_are_not_padded(monkeypatch):
+    lengths = [Lengths(1958, 1921, 22, ((640, 480),)), Lengths(2540, 2509, 18, ((500, 500),))]
+    recipe = burberry(monkeypatch, "--pad_to_multiple_of", "64", "--padding_free", "true")
+    shape = Shape.of(lengths, recipe, 16)
+    assert (shape.rows, shape.tokens, shape.padded) == (2, 2540, False)
+
+
+def test_the_last_layer_runs_its_mlp_on_few_tokens(real, weights):
+    setting = Setting(checkpointing=False)
+    few, many = (memory_of(setting, real, weights, replace(ONE, supervised=count)) for count in (40, 2560))
+    swiglu = 2520 * 3 * 8192 * 2  # what it keeps for one of them: gate and up, silu(gate), in bfloat16
+    assert many.total - few.total > swiglu
+    row = [flops_per_row(setting, real, weights, replace(ONE, supervised=count)) for count in (0, 1)]
+    assert row[1] - row[0] == 2 * (2 * 3 * 3072 * 8192) + 3 * 2 * 32064 * 3072  # MLP: forward and back; head: thrice
+
+
+def test_cached_features_leave_out_vision(monkeypatch, real, weights):
+    plain, cached = burberry(monkeypatch), burberry(monkeypatch, "--feature_cache", "features")
+    settings = [Setting.of(one) for one in (plain, cached)]
+    flops = [flops_per_row(setting, real, weights, ONE) for setting in settings]
+    assert flops[1] == flops_per_row(settings[0], real, weights, replace(ONE, crops=0, image_tokens=0)) < flops[0]
+    moments = [Step(setting, real, weights, ONE).moments() for setting in settings]
+    assert moments[0].keys() - moments[1].keys() == {"CLIP reads"}
+    held = [found["embeddings back"]["activations"] for found in moments]
+    assert held == [16 * 3 * 336 * 336, 2509 * 3072 * 2]
+
+
+def test_fewer_crops_at_a_time_are_advised_where_clip_is_the_fullest(monkeypatch, memory, real):
+    recipe, one = burberry(monkeypatch), "vision_batch_size: 8"
+    assert one not in [found.change for found in remedies(recipe, real, ONE)]
+    narrow = memory.config_of(256, 2, 4, 768, 24)
+    (found,) = [found for found in remedies(recipe, narrow, ONE) if found.change == one]
+    assert estimate_memory(recipe, narrow, ONE).moment == "CLIP reads"
+    done = burberry(monkeypatch, "--vision_batch_size", "8")
+    assert found.memory.total == estimate_memory(done, narrow, ONE).total
+    assert one not in [found.change for found in remedies(done, narrow, ONE)]
 
 
 def test_remedies_are_sorted_and_the_last_one_fits(monkeypatch, real):

@@ -43,6 +43,10 @@ def test_four_bit_takes_the_language_models_linears_and_nothing_else(write_recip
     assert state.quant_type == "nf4"
 
 
+def test_the_model_reads_as_many_crops_at_a_time_as_the_recipe_says(write_recipe):
+    assert load_model(load_recipe([write_recipe(vision_batch_size=3)])).model.vision_batch_size == 3
+
+
 @pytest.mark.parametrize(
     ("adapt", "expected"),
     [
