@@ -61,8 +61,9 @@ test-distributed: setup  ## several processes, FSDP2, two machines, kills: one r
 	$(BIN)/python -m pytest -m "distributed and not slow"
 
 bench: setup  ## how fast, lever by lever, against the plain way in the same run; CPU, an hour alone on the machine
-	$(BIN)/python benchmarks/speed.py levers growth input generation
+	$(BIN)/python benchmarks/speed.py levers growth input generation compiled
 	$(BIN)/python benchmarks/speed.py train --rows 1 2
+	$(BIN)/python benchmarks/features.py
 	$(BIN)/python benchmarks/preprocessing.py
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/startup.py

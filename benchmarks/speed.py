@@ -1,6 +1,6 @@
 """How fast a training step is, lever by lever, against the plain way in the same run; and against what the chip can do.
 
-    python benchmarks/speed.py levers growth input generation      # make bench: mid-size model, float32, CPU
+    python benchmarks/speed.py levers growth input generation compiled   # make bench: mid-size model, float32, CPU
     python benchmarks/speed.py train --size full                   # make bench-gpu: 4.15 billion random weights
 
 A step is zero_grad, forward, backward and, in `train`, AdamW. The plain way: CLIP also reads the crops that pad a
@@ -175,20 +175,38 @@ def compare(steps: Steps, ways: Sequence[Way], rounds: int) -> None:
 
 
 def levers(options: argparse.Namespace) -> None:
-    """Each lever alone and together, on one strip of 10 crops, and on four pictures of mixed shapes."""
+    """Each lever alone and together: on a strip of 10 crops, and on four pictures of mixed shapes; and plain and all."""
+    alone = [replace(PLAIN, name=name, **changes) for name, changes in LEVERS.items()]
+    every = [PLAIN, *alone, *(without(name) for name in LEVERS), ALL]
+    few = [replace(ALL, name=f"all, CLIP {size} crops at a time", vision_batch=size) for size in (1, 4)]
     cached = replace(ALL, name="all, and cached features", cached=True)
-    for title, sizes in (
-        ("one picture of 100×1000 pixels, 10 of 16 crops", [STRIP]),
-        ("four pictures of mixed shapes", [STRIP, SQUARE, WIDE, TALL]),
+    four = [STRIP, SQUARE, WIDE, TALL]
+    for title, sizes, num_crops, ways in (
+        ("one picture of 100×1000 pixels, 16 crops at most", [STRIP], 16, [*every, *few, cached]),
+        ("four pictures of mixed shapes, 4 crops at most", four, 4, [*every, cached]),
+        ("four pictures of mixed shapes, 16 crops at most", four, 16, [PLAIN, ALL, cached]),
     ):
-        alone = [replace(PLAIN, name=name, **changes) for name, changes in LEVERS.items()]
-        ways = [PLAIN, *alone, *(without(name) for name in LEVERS), ALL]
-        ways += [replace(ALL, name=f"all, CLIP {size} crops at a time", vision_batch=size) for size in (1, 4)]
-        steps = Steps(SIZES[options.size](), sizes, options.num_crops)
+        steps = Steps(SIZES[options.size](), sizes, num_crops)
         tokens = [int(one) for one in steps.batches[True]["cu_seq_lens_q"].diff()]
-        crops = len(steps.batches[False]["pixel_values"])
-        print(f"\n{title}: {crops} crops, rows of {', '.join(map(str, tokens))} tokens\n")
-        compare(steps, [*ways, cached], options.rounds)
+        crops = int(((steps.batches[False]["image_sizes"] // 336).prod(dim=1) + 1).sum())
+        print(f"\n{title}: {crops} real crops, rows of {', '.join(map(str, tokens))} tokens\n")
+        compare(steps, ways, options.rounds)
+
+
+def compiled(options: argparse.Namespace) -> None:
+    """The same step with torch.compile for each decoder layer, and how long the first one then takes."""
+    steps = Steps(SIZES[options.size](), [STRIP], options.num_crops)
+    [plain] = timed(steps, [ALL], options.rounds)
+    for layer in steps.model.model.language_model.layers:
+        layer.compile()
+    start = time.perf_counter()
+    steps(ALL)
+    first = time.perf_counter() - start
+    [found] = timed(steps, [ALL], options.rounds)
+    times = statistics.median(plain) / statistics.median(found)
+    print("\n| | seconds | times as fast |\n|---|---|---|")
+    print(f"| all levers | {spread(plain)} | 1.00 |\n| compiled | {spread(found)} | {times:.2f} |")
+    print(f"\nthe first compiled step took {first:.0f} s", flush=True)
 
 
 def growth(options: argparse.Namespace) -> None:
@@ -386,9 +404,10 @@ def _trained(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {"levers": levers, "growth": growth, "input": input_, "generation": generation, "train": train}
+    parts["compiled"] = compiled
     parser.add_argument("parts", nargs="+", choices=parts)
     parser.add_argument("--size", choices=SIZES, default="mid", help="of the model; full is Phi-3-vision itself")
-    parser.add_argument("--num_crops", type=int, default=16, help="of the pictures in `levers` and `input`")
+    parser.add_argument("--num_crops", type=int, default=16, help="of the pictures in `input` and `compiled`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2], help="batch sizes in `train`")
     parser.add_argument("--attention", default=SDPA_BY_ROW, help="`train`: or flash_attention_2")
