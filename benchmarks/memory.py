@@ -307,6 +307,7 @@ def mid_size() -> list[Case]:
     small = Shape(2, 400, 313, 2, 24, ((336, 336),))
     qlora = Setting(bits=4, nested=True, rank=32, cuda=False)
     lora = Setting(rank=32, cuda=False)
+    every = replace(lora, adapt=("language_model", "projector", "vision_tower"))
     full = Setting(dtype="float32", lora=False, cuda=False)
     return [
         Case("QLoRA", middle, qlora, one),
@@ -320,7 +321,8 @@ def mid_size() -> list[Case]:
         Case("LoRA, no checkpointing", middle, replace(lora, checkpointing=False), two),
         Case("LoRA, padding-free, no checkpointing", middle, replace(lora, checkpointing=False), two, True),
         Case("LoRA, no dropout, no checkpointing", wide, replace(lora, checkpointing=False, dropout=0.0), one),
-        Case("LoRA on all parts", middle, replace(lora, adapt=("language_model", "projector", "vision_tower")), one),
+        Case("LoRA on all parts", middle, every, one),
+        Case("LoRA on all parts, CLIP reads 2 crops at once", middle, replace(every, vision_batch_size=2), one),
         Case("LoRA, eager attention", wide, replace(lora, attention="eager", checkpointing=False), small),
         Case("full", middle, full, one),
         Case("full, 1 of 4 layers checkpointed", middle, replace(full, checkpointed=1), one),

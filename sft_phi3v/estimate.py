@@ -604,7 +604,8 @@ class Step:
 
     def moments(self) -> dict[str, dict[str, int]]:
         """What there is beside weights, adapters and optimiser, at each moment that can be the fullest."""
-        setting, layer, last = self.setting, self.decoder(), self.decoder(self.scored)
+        setting, last = self.setting, self.decoder(self.scored)
+        layer = self.decoder() if self.config.num_hidden_layers > 1 else last
         # The last layer is computed again only where all are; that before it, which is larger, where but one is not.
         # Further back, a layer that recomputes takes the place of the one after it, which is gone: no moment in between
         # is fuller than both these and the first layer's.
@@ -647,7 +648,7 @@ class Step:
                 before + head,
             )
             | weight,
-            "layer before it back": moment(
+            "last but one layer back": moment(
                 held + seen + before_it + layer.working + stream + product,
                 max(graph, decoder),
                 before + head,

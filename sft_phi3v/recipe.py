@@ -123,8 +123,8 @@ class TaskArguments:
     vision_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Crops that the vision tower reads at a time. null: all of a batch at once. Saves memory where the "
-            "tower is frozen, and changes nothing but rounding."
+            "help": "Crops that the vision tower reads at a time. Fewer save memory, and change nothing but rounding. "
+            "null: all of a batch at once."
         },
     )
 
