@@ -3,8 +3,7 @@
 A mid-size model with random weights (decoder of 4 layers, 512 wide; CLIP of 6 layers at its real width; float32) is
 set up as `run.py` does it, with LoRA on the language model, once without and once with the cache. Measured are, one row
 at a time: the collator (decode, cut; or read), and a step (forward, backward), each as the median of `--repeat`, in
-seconds of the processor, which other programs on the machine disturb least. On a CPU, TRL's fused head scores every
-position; so a step is measured a second time with a head that scores the supervised ones, as on a GPU.
+seconds of the processor, which other programs on the machine disturb least.
 
 The share that the cache saves is the vision tower's share of a step, which is far larger here than in Phi-3-vision,
 whose decoder is 32 layers and 3,072 wide: `--shares` counts the operations of both, from sizes alone.
@@ -23,40 +22,24 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from models import full_size, mid_size, processor
 from PIL import Image
 
 from sft_phi3v.estimate import Setting, Shape, weights_of
 from sft_phi3v.features import break_even
 from sft_phi3v.fit import flops_per_row
-from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
+from sft_phi3v.phi3_v import Phi3VForCausalLM
 from sft_phi3v.recipe import load_recipe
 from sft_phi3v.run import set_up
-
-BASE = "recipes/tiny_base"
-
-
-def mid_size() -> Phi3VConfig:
-    config = Phi3VConfig.from_pretrained(BASE).to_dict()
-    config |= {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
-    config |= {"intermediate_size": 1536, "vocab_size": 32064, "dtype": "float32"}
-    config["rope_scaling"] = {"type": "su", "short_factor": [1.0] * 32, "long_factor": [1.0] * 32}
-    config["rope_parameters"] = None
-    clip = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 16}
-    config["img_processor"] = config["img_processor"] | {"image_dim_out": 1024, "clip_config": clip}
-    config.pop("vision_config", None)
-    return Phi3VConfig(**{key: value for key, value in config.items() if value is not None})
-
-
-def full_size() -> Phi3VConfig:
-    """Phi-3-vision's own."""
-    return Phi3VConfig(rope_scaling={"type": "su", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48})
 
 
 def write(folder: Path, size: tuple[int, int], rows: int) -> dict[str, Any]:
     """A model, a data set of noise, and the keys of a recipe."""
     torch.manual_seed(0)
-    Phi3VForCausalLM(mid_size()).save_pretrained(folder / "model")
-    Phi3VProcessor.from_pretrained(BASE).save_pretrained(folder / "model")
+    config, reader = mid_size(), processor(1)
+    config.image_token_id = reader.image_token_id
+    Phi3VForCausalLM(config).save_pretrained(folder / "model")
+    reader.save_pretrained(folder / "model")
     for number in range(rows):
         (folder / "data" / f"class {number % 2}").mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -77,8 +60,8 @@ def median(repeat: int, act: Callable[[], Any]) -> tuple[float, Any]:
     return statistics.median(seconds), found
 
 
-def measure(keys: dict[str, Any], folder: Path, repeat: int) -> tuple[float, float, float, float, str]:
-    """Seconds of the collator, of a step, and of one that scores few positions; the loss; and what was printed."""
+def measure(keys: dict[str, Any], folder: Path, repeat: int) -> tuple[float, float, float, str]:
+    """Seconds of the collator and of a step; the loss; and what was printed."""
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(keys))
     with redirect_stdout(io.StringIO()) as said:
@@ -93,22 +76,10 @@ def measure(keys: dict[str, Any], folder: Path, repeat: int) -> tuple[float, flo
         loss.backward()
         return loss.item()
 
-    def few() -> float:
-        trainer.model.zero_grad()
-        labels = batch["labels"][0, 1:]
-        kept = torch.nonzero(labels != -100).flatten()
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        logits = trainer.model(**inputs, logits_to_keep=kept).logits[0]
-        loss = torch.nn.functional.cross_entropy(logits, labels[kept])
-        loss.backward()
-        return loss.item()
-
     seconds, loss = median(repeat, step)
-    fewer, same = median(repeat, few)
-    assert abs(loss - same) < 1e-4
     tokens = batch["input_ids"].shape[1]
     printed = said.getvalue().partition("feature_cache: ")[2].strip()
-    return collate, seconds, fewer, loss, f"{tokens:,} tokens per row; {printed}".removesuffix("; ")
+    return collate, seconds, loss, f"{tokens:,} tokens per row; {printed}".removesuffix("; ")
 
 
 def shares() -> None:
@@ -146,19 +117,15 @@ def main() -> None:
         print(f"\n{options.size[0]} × {options.size[1]} pixels, num_crops {options.num_crops}, {options.attention}:")
         found = {}
         for what, changes in (("pictures", {}), ("features", {"feature_cache": str(folder / "cache")})):
-            found[what] = collate, step, few, loss, said = measure(keys | changes, folder, options.repeat)
-            print(
-                f"from {what}: {1000 * collate:>8.1f} ms to collate, {step:>6.2f} s a step, {few:>6.2f} s with few "
-                f"positions scored; loss {loss:.7f}; {said}",
-                flush=True,
-            )
-        (cut, plain, fast, *_), (read, cached, fastest, *_) = found["pictures"], found["features"]
+            found[what] = collate, step, loss, said = measure(keys | changes, folder, options.repeat)
+            shown = f"{1000 * collate:>8.1f} ms to collate, {step:>6.2f} s a step"
+            print(f"from {what}: {shown}; loss {loss:.7f}; {said}", flush=True)
+        (cut, plain, *_), (read, cached, *_) = found["pictures"], found["features"]
         [file] = (folder / "cache").rglob("*.safetensors")
         first = break_even(made=cut + plain - cached, written=0.0, read=read)
         megabytes = file.stat().st_size / 4e6
         print(
-            f"a step is {plain / cached:.1f} times as fast, and with its batch {(cut + plain) / (read + cached):.1f}; "
-            f"with few positions scored {fast / fastest:.1f} and {(cut + fast) / (read + fastest):.1f} times\n"
+            f"a step is {plain / cached:.1f} times as fast, and with its batch {(cut + plain) / (read + cached):.1f}\n"
             f"{megabytes:.2f} MB per picture on disk; it pays from epoch {first} on"
         )
 

@@ -34,7 +34,7 @@ from sft_phi3v.fit import flops_per_row
 from sft_phi3v.phi3_v import SDPA_BY_ROW, Phi3VConfig
 from sft_phi3v.phi3_v.modeling_phi3_v import Phi3VModel
 
-STRIP, SQUARE, WIDE, TALL = (1000, 100), (1000, 1000), (1280, 720), (480, 640)
+STRIP, SQUARE, WIDE, TALL = (100, 1000), (1000, 1000), (1280, 720), (480, 640)
 STEP = Setting(dtype="float32", autocast=False, lora=False, checkpointing=False, cuda=False)
 
 
@@ -175,7 +175,7 @@ def compare(steps: Steps, ways: Sequence[Way], rounds: int) -> None:
 
 
 def levers(options: argparse.Namespace) -> None:
-    """Each lever alone and together: on a strip of 10 crops, and on four pictures of mixed shapes; and plain and all."""
+    """Levers alone and together, on a strip of 10 crops and on four pictures of mixed shapes; then plain and all."""
     alone = [replace(PLAIN, name=name, **changes) for name, changes in LEVERS.items()]
     every = [PLAIN, *alone, *(without(name) for name in LEVERS), ALL]
     few = [replace(ALL, name=f"all, CLIP {size} crops at a time", vision_batch=size) for size in (1, 4)]
