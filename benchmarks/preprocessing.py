@@ -3,8 +3,8 @@
 Beside ours runs a straightforward implementation of the same steps, which are those of the original model's code: it
 makes a tensor of the whole picture, normalises it out of place, and fills up with empty crops to the largest number.
 Both run in turns on one thread, and must give the same bits. Times are of the CPU, the least of all repeats: whatever
-else the machine does only adds to them. In training a worker does the first two parts and hands over bytes; the third is
-left to the model's device.
+else the machine does only adds to them. In training a worker does the first two parts and hands over bytes; the third
+is left to the model's device.
 """
 
 import argparse

@@ -256,23 +256,25 @@ def input_(options: argparse.Namespace) -> None:
         row["images"][0].save(file, "jpeg")
         row["images"] = [file]
     collator = Collator(processor(options.num_crops), padding_free=True)
-    print("\n| workers | a step, seconds | of these, waited for the batch |\n|---|---|---|")
+    columns = "workers", "pictures/s that they make", "a step, seconds", "of these, waited for the batch"
+    print(f"\n| {' | '.join(columns)} |\n|---|---|---|---|")
     for workers in (0, 1, 2):
-        loader = DataLoader(
-            rows * (2 + 2 * options.rounds), batch_size=2, collate_fn=partial(opened, collator), num_workers=workers
-        )
+        loader = DataLoader(rows * 8, batch_size=2, collate_fn=partial(opened, collator), num_workers=workers)
+        arrived = [time.perf_counter() for _ in loader][4:]  # until then workers start, and there are batches in stock
+        made = 2 * (len(arrived) - 1) / (arrived[-1] - arrived[0])
         waited, computed, start = list[float](), list[float](), time.perf_counter()
-        for number, batch in enumerate(loader):
+        for number, batch in zip(range(2 + options.rounds), loader, strict=False):
             got = time.perf_counter()
             model.zero_grad()
             model(**only_supervised(batch), fused_lm_head=True).loss.backward()
             end = time.perf_counter()
-            if number >= 2:  # until then workers start
+            if number >= 2:
                 waited.append(got - start)
                 computed.append(end - got)
             start = end
         whole = sum(waited) + sum(computed)
-        print(f"| {workers} | {whole / len(waited):.2f} | {sum(waited) / whole:.1%} |", flush=True)
+        share = sum(waited) / whole
+        print(f"| {workers} | {made:.0f} | {whole / len(waited):.2f} | {share:.1%} |", flush=True)
 
 
 def opened(collator: Collator, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
