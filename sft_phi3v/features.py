@@ -45,7 +45,7 @@ from sft_phi3v.checkpoints import check_room, check_shared, flush
 from sft_phi3v.data import ROW, Pictures, Reader, open_picture
 from sft_phi3v.estimate import DTYPES, Setting, grid
 from sft_phi3v.model import first_line
-from sft_phi3v.phi3_v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
+from sft_phi3v.phi3_v import SDPA_BY_ROW, Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.phi3_v.image_processing_phi3_v import CROP, num_image_tokens
 from sft_phi3v.recipe import Recipe
 
@@ -276,7 +276,9 @@ class Cache:
         inner, images, training = self.model.model, self.processor.image_processor, self.recipe.training
         vision = inner.vision_tower.config
         numbers = [VERSION, self.num_crops, images.image_mean, images.image_std, inner.vision_layers]
-        numbers += [vision.num_attention_heads, vision.hidden_act, vision.layer_norm_eps, vision._attn_implementation]
+        attention = vision._attn_implementation
+        attention = "sdpa" if attention == SDPA_BY_ROW else attention  # which here is the same: crops are no rows
+        numbers += [vision.num_attention_heads, vision.hidden_act, vision.layer_norm_eps, attention]
         numbers += [bool(training.bf16), bool(training.fp16), self.dtype]
         digest = hashlib.blake2b(json.dumps(numbers, default=str).encode(), digest_size=12)
         for part in (inner.vision_tower, inner.multi_modal_projector):

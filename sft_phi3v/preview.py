@@ -173,7 +173,7 @@ def planned(train: Dataset, lengths: Sequence[Lengths], recipe: Recipe) -> Plan 
         recipe.task.max_tokens_per_batch,
         padded=not recipe.padding_free,
         processes=PartialState().num_processes,
-        multiple=recipe.training.pad_to_multiple_of,
+        multiple=None if recipe.padding_free else recipe.training.pad_to_multiple_of,
         names=train[ROW][:],
     )
 

@@ -333,6 +333,12 @@ def test_preview_names_rows_that_are_longer_than_a_batch(write_recipe):
         preview.prepare(load_recipe([write_recipe(**KEYS | {"max_tokens_per_batch": 300})]))
 
 
+def test_without_padding_lengths_are_not_padded_up(write_recipe):
+    keys = KEYS | {"max_tokens_per_batch": 370, "pad_to_multiple_of": 64, "padding_free": True}
+    recipe = load_recipe([write_recipe(**keys)])
+    assert preview.prepare(recipe).plan.worst()[1] <= 370  # rows of up to 362 tokens, not of 384
+
+
 def test_a_run_that_is_cut_in_its_second_epoch_goes_on_to_the_same_bits(write_recipe, tmp_path, monkeypatch):
     keys = KEYS | {"model_name_or_path": str(REPOSITORY / "recipes" / "tiny_base"), "held_out": 24}
     keys |= {"max_steps": 5, "save_steps": 3, "lora_dropout": 0.1, "logging_steps": 1, "eval_rows": 1}

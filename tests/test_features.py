@@ -209,7 +209,7 @@ def test_other_weights_crops_and_precision_are_kept_apart(recipe, tmp_path, comp
 
     known = key()
     assert key() == known
-    assert key(learning_rate=1.0, lora_r=4, seed=3) == known
+    assert key(learning_rate=1.0, lora_r=4, seed=3, padding_free=True) == known
     model = run.load_model(load_recipe([recipe()])).requires_grad_(False)
     assert key(model) == known
     with torch.no_grad():
@@ -377,3 +377,13 @@ def test_preview_says_what_it_takes_and_whether_it_pays(recipe, tmp_path, capsys
     set_up(path)
     [file] = (tmp_path / "cache").rglob("*.safetensors")
     assert load_file(file)["features"].nbytes == estimate
+
+
+def test_epochs_are_those_of_planned_batches(recipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "cached", lambda *_, epochs, **__: asked.append(epochs))
+    keys = {"train_sampling_strategy": None, "per_device_train_batch_size": None, "padding_free": True}
+    path = recipe(**keys, max_tokens_per_batch=2000, max_steps=8)
+    set_up(path)
+    loaded = load_recipe([path])
+    assert asked == [8 / preview.prepare(loaded).plan.steps] != [8.0]
