@@ -1,5 +1,6 @@
 """Phi-3-Vision in any size with random weights, as a run would train it, and batches for it: nothing is downloaded."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ def random_model(config: Phi3VConfig, setting: Setting, device: str, *, attentio
     Returns:
         `nn.Module`: In training mode. The vision tower and the projector are frozen, unless they are adapted.
     """
+    # PEFT still asks under the name that transformers has moved on from.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # it repacks 4-bit weights, through which nothing trains
     torch.manual_seed(0)
     # The tokenizer is smaller than the vocabulary: the image token has its id there.

@@ -27,14 +27,16 @@ from models import SIZES, batch_of, examples, processor, random_model
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from sft_phi3v.collator import Collator, only_supervised
 from sft_phi3v.estimate import Setting, Shape, weights_of
-from sft_phi3v.fit import flops_per_row
+from sft_phi3v.fit import dequantised_bytes, flops_per_row
 from sft_phi3v.phi3_v import SDPA_BY_ROW, Phi3VConfig
 from sft_phi3v.phi3_v.modeling_phi3_v import Phi3VModel
 
 STRIP, SQUARE, WIDE, TALL = (100, 1000), (1000, 1000), (1280, 720), (480, 640)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEP = Setting(dtype="float32", autocast=False, lora=False, checkpointing=False, cuda=False)
 
 
@@ -74,9 +76,9 @@ def without(lever: str) -> Way:
 class Steps:
     """One model, in every way of taking a step on the same rows."""
 
-    def __init__(self, config: Phi3VConfig, sizes: Sequence[tuple[int, int]], num_crops: int, device: str = "cpu"):
-        self.model: Any = random_model(config, STEP, device, attention="sdpa")
-        self.batches = {flat: batch_of(sizes, num_crops, padding_free=flat, device=device) for flat in (False, True)}
+    def __init__(self, config: Phi3VConfig, sizes: Sequence[tuple[int, int]], num_crops: int):
+        self.model: Any = random_model(config, STEP, DEVICE, attention="sdpa")
+        self.batches = {flat: batch_of(sizes, num_crops, padding_free=flat, device=DEVICE) for flat in (False, True)}
         self.num_crops = num_crops
         with torch.no_grad():
             whole = self.batches[False]
@@ -132,11 +134,15 @@ def timed(step: Callable[[Any], Any], ways: Sequence[Any], rounds: int) -> list[
             gc.collect()
             start = time.perf_counter()
             step(way)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            _synchronise()
             if number:
                 found.append(time.perf_counter() - start)
     return seconds
+
+
+def _synchronise() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def spread(seconds: Sequence[float]) -> str:
@@ -219,7 +225,7 @@ def growth(options: argparse.Namespace) -> None:
     for rows in (1, 2, 4, 8, 16, 32):
         _grown(Steps(config, [SQUARE] * rows, 1), f"{rows}", options)
     print("\n| words of text in a row | tokens | seconds | seconds per 1,000 tokens |\n|---|---|---|---|")
-    for words in (500, 1_000, 2_000, 4_000, 8_000):
+    for words in (1_000, 2_000, 4_000, 8_000, 16_000, 32_000):
         steps = Steps(config, [SQUARE], 1)
         steps.batches[True] = longer(steps.batches[True], words)
         _grown(steps, f"{words:,}", options)
@@ -228,14 +234,18 @@ def growth(options: argparse.Namespace) -> None:
 def longer(batch: dict[str, Any], tokens: int) -> dict[str, Any]:
     """A flattened batch of one row, with so many tokens more behind its <s>."""
     ids = batch["input_ids"]
-    filler = torch.arange(tokens).remainder(500).add(300).unsqueeze(0)
+    filler = torch.arange(tokens, device=DEVICE).remainder(500).add(300).unsqueeze(0)
     made = {
         "input_ids": torch.cat([ids[:, :1], filler, ids[:, 1:]], dim=1),
-        "labels": torch.cat([torch.full((1, tokens), -100), batch["labels"]], dim=1),
+        "labels": torch.cat([torch.full_like(filler, -100), batch["labels"]], dim=1),
     }
     length = ids.shape[1] + tokens
-    bounds = torch.tensor([0, length], dtype=torch.int32)
-    made |= {"position_ids": torch.arange(length).unsqueeze(0), "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    bounds = torch.tensor([0, length], dtype=torch.int32, device=DEVICE)
+    made |= {
+        "position_ids": torch.arange(length, device=DEVICE).unsqueeze(0),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+    }
     return {**batch, **made, "max_length_q": length, "max_length_k": length}
 
 
@@ -249,13 +259,22 @@ def _grown(steps: Steps, label: str, options: argparse.Namespace) -> None:
 
 def input_(options: argparse.Namespace) -> None:
     """How long steps wait for their batches, which workers make meanwhile of pictures in JPEG files."""
-    model: Any = random_model(SIZES[options.size](), STEP, "cpu", attention=SDPA_BY_ROW)
+    model: Any = random_model(SIZES[options.size](), STEP, DEVICE, attention=SDPA_BY_ROW)
     rows = examples([STRIP, SQUARE, WIDE, TALL])
     for row in rows:
         file = io.BytesIO()
         row["images"][0].save(file, "jpeg")
         row["images"] = [file]
     collator = Collator(processor(options.num_crops), padding_free=True)
+    theirs = DataCollatorForVisionLanguageModeling(processor(options.num_crops), max_length=None)
+    print("\n| collator, four rows | seconds | labels of | MB of pixels |\n|---|---|---|---|")
+    for name, collate in (("TRL's own", theirs), ("ours", collator)):
+        [seconds] = timed(lambda collate: opened(collate, rows), [collate], options.rounds)
+        batch = opened(collate, rows)
+        labels, pixels = batch["labels"], batch["pixel_values"]
+        share = f"{int((labels != -100).sum()):,} of {labels.numel():,} positions"
+        size = pixels.numel() * pixels.element_size() / 1e6
+        print(f"| {name} | {spread(seconds)} | {share} | {size:.0f} |", flush=True)
     columns = "workers", "pictures/s that they make", "a step, seconds", "of these, waited for the batch"
     print(f"\n| {' | '.join(columns)} |\n|---|---|---|---|")
     for workers in (0, 1, 2):
@@ -266,7 +285,9 @@ def input_(options: argparse.Namespace) -> None:
         for number, batch in zip(range(2 + options.rounds), loader, strict=False):
             got = time.perf_counter()
             model.zero_grad()
-            model(**only_supervised(batch), fused_lm_head=True).loss.backward()
+            moved = {key: one.to(DEVICE) if torch.is_tensor(one) else one for key, one in batch.items()}
+            model(**only_supervised(moved), fused_lm_head=True).loss.backward()
+            _synchronise()
             end = time.perf_counter()
             if number >= 2:
                 waited.append(got - start)
@@ -277,14 +298,14 @@ def input_(options: argparse.Namespace) -> None:
         print(f"| {workers} | {made:.0f} | {whole / len(waited):.2f} | {share:.1%} |", flush=True)
 
 
-def opened(collator: Collator, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def opened(collator: Callable[[Any], Any], rows: Sequence[dict[str, Any]]) -> Any:
     """A batch of rows whose pictures are still files."""
     return collator([row | {"images": [Image.open(file) for file in row["images"]]} for row in rows])
 
 
 def generation(options: argparse.Namespace) -> None:
     """Answers of 32 tokens to 16 rows of four shapes at 4 crops, half of them with a long question, in several ways."""
-    model: Any = random_model(SIZES[options.size](), STEP, "cpu", attention="sdpa").eval()
+    model: Any = random_model(SIZES[options.size](), STEP, DEVICE, attention="sdpa").eval()
     made = processor(4)
     rows = examples([STRIP, SQUARE, WIDE, TALL] * 4)
     for number, row in enumerate(rows):
@@ -305,7 +326,7 @@ def generation(options: argparse.Namespace) -> None:
                 padding=True,
                 padding_side="left",
                 return_tensors="pt",
-            )
+            ).to(DEVICE)
             with torch.no_grad():
                 model.generate(
                     **batch, do_sample=False, max_new_tokens=32, min_new_tokens=32, use_cache=True, **settings
@@ -324,24 +345,33 @@ def generation(options: argparse.Namespace) -> None:
         print(f"| {name} | {spread(found)} | {first / statistics.median(found):.2f} |", flush=True)
 
 
-def matrix_peak(device: str, dtype: torch.dtype, size: int) -> float:
+def bandwidth() -> float:
+    """Bytes per second that are read and written here."""
+    first, second = (torch.ones(1 << 28, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    return 2 * first.numel() / min(timed(lambda _: second.copy_(first), [None], 5)[0])
+
+
+def matrix_peak(dtype: torch.dtype, size: int) -> float:
     """Most operations per second that products of square matrices reach here."""
-    first, second = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    first, second = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
     seconds = timed(lambda _: first @ second, [None], 5)[0]
     return 2 * size**3 / min(seconds)
 
 
 def train(options: argparse.Namespace) -> None:
     """QLoRA and LoRA, at 4 and 16 crops, by batch size: pictures, tokens and operations per second."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.size == "full" and device == "cpu":
+    if options.size == "full" and DEVICE == "cpu":
         raise SystemExit("error: --size full needs a GPU: on a CPU, a step of 4.15 billion weights takes minutes.")
     config = SIZES[options.size]()
-    autocast = device == "cuda"
+    autocast = DEVICE == "cuda"
     dtype = torch.bfloat16 if autocast else torch.float32
-    peak = matrix_peak(device, dtype, 8192 if autocast else 2048)
-    print(f"\nproducts of matrices reach {peak / 1e12:.2f} TFLOP/s in {str(dtype).removeprefix('torch.')}\n")
-    columns = ["crops", "rows", "seconds", "pictures/s", "tokens/s", "TFLOP/s", "of the peak", "floor, seconds", "GB"]
+    peak, speed = matrix_peak(dtype, 8192 if autocast else 2048), bandwidth()
+    print(
+        f"\nproducts of matrices reach {peak / 1e12:.2f} TFLOP/s in {str(dtype).removeprefix('torch.')}, copies "
+        f"{speed / 1e9:.0f} GB/s\n"
+    )
+    columns = ["crops", "rows", "seconds", "pictures/s", "tokens/s", "TFLOP/s", "of the peak", "without recomputation"]
+    columns += ["floor, seconds", "GB"]
     print(f"| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     weights = weights_of(config)
     for name, bits in (("QLoRA", 4), ("LoRA", None)):
@@ -350,12 +380,12 @@ def train(options: argparse.Namespace) -> None:
                 dtype=str(dtype).removeprefix("torch."), autocast=autocast, bits=bits, nested=bool(bits), rank=64,
                 checkpointing=checkpointing, cuda=autocast,
             )  # fmt: skip
-            model = random_model(config, setting, device, attention=options.attention)
+            model = random_model(config, setting, DEVICE, attention=options.attention)
             optimiser = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-5, fused=True)
             for crops in (4, 16):
                 for rows in options.rows:
                     label = name if checkpointing else f"{name}, no checkpointing"
-                    _trained(label, model, optimiser, setting, weights, crops, rows, peak, options)
+                    _trained(label, model, optimiser, setting, weights, crops, rows, (peak, speed), options)
             del model, optimiser
             gc.collect()
 
@@ -368,39 +398,39 @@ def _trained(
     weights: Any,
     crops: int,
     rows: int,
-    peak: float,
+    limits: tuple[float, float],
     options: argparse.Namespace,
 ) -> None:
-    device = next(model.parameters()).device.type
-    batch = only_supervised(batch_of([SQUARE] * rows, crops, padding_free=True, device=device))
+    peak, speed = limits
+    batch = only_supervised(batch_of([SQUARE] * rows, crops, padding_free=True, device=DEVICE))
     config = model.get_base_model().config
     tokens, supervised = batch["input_ids"].shape[1], batch["shift_labels"].shape[1]
     images = int((batch["input_ids"] == config.image_token_id).sum())
     shape = Shape(rows, tokens // rows, images // rows, crops + 1, supervised // rows, (SQUARE,))
     flops = rows * flops_per_row(setting, config, weights, shape)
+    once = rows * flops_per_row(replace(setting, checkpointing=False), config, weights, shape)
+    floor = flops / peak + (dequantised_bytes(setting, config, weights) / speed if setting.bits else 0)
 
     def step(_: None) -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=setting.autocast):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=setting.autocast):
             loss = model(**batch, fused_lm_head=True).loss
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
 
-    if device == "cuda":
+    if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
         [seconds] = timed(step, [None], options.rounds)
     except torch.OutOfMemoryError:
         optimiser.zero_grad()
-        print(f"| {name} | {crops} | {rows} | out of memory | | | | | | |", flush=True)
+        print(f"| {name} | {crops} | {rows} | out of memory | | | | | | | |", flush=True)
         return
     middle = statistics.median(seconds)
-    memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if device == "cuda" else "–"
-    print(
-        f"| {name} | {crops} | {rows} | {spread(seconds)} | {rows / middle:.2f} | {tokens / middle:,.0f} | "
-        f"{flops / middle / 1e12:.2f} | {flops / middle / peak:.0%} | {flops / peak:.2f} | {memory} |",
-        flush=True,
-    )
+    memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if DEVICE == "cuda" else "–"
+    cells = [name, crops, rows, spread(seconds), f"{rows / middle:.2f}", f"{tokens / middle:,.0f}"]
+    cells += [f"{flops / middle / 1e12:.2f}", f"{flops / middle / peak:.0%}", f"{once / middle / peak:.0%}"]
+    print(f"| {' | '.join(map(str, cells))} | {floor:.2f} | {memory} |", flush=True)
 
 
 def main() -> None:
@@ -414,7 +444,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2], help="batch sizes in `train`")
     parser.add_argument("--attention", default=SDPA_BY_ROW, help="`train`: or flash_attention_2")
     options = parser.parse_args()
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}")
     for part in options.parts:
         parts[part](options)

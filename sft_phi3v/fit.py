@@ -384,7 +384,7 @@ def oom_message(
 
 
 def _remedy_lines(found: Sequence[Remedy], available: int | None) -> list[str]:
-    found = [one for one in found if one.saved >= 0.05 * GB]
+    found = [one for one in found if one.saved >= (one.memory.total + one.saved) / 100]
     combined = found[3:] and " and " in found[-1].change
     shown = [*found[:3], *(found[-1:] if combined else [])]
     lines = []

@@ -940,6 +940,11 @@ def _conflicts(settings: dict[str, Any], known: Mapping[str, Any]) -> Iterator[s
             yield "`checkpointed_layers` with `activation_checkpointing: false`, which is for none. Keep one of them."
         if "every_n_layers" in (settings.get("activation_checkpointing_kwargs") or {}):
             yield "`checkpointed_layers` and `every_n_layers` both say how many layers recompute. Keep one of them."
+    if settings.get("padding_free") and settings.get("attn_implementation") == "eager":
+        yield (
+            "`padding_free: true` with `attn_implementation: eager`, which would hold all tokens of a batch against "
+            "all others. Write `attn_implementation: sdpa`."
+        )
     if "adapt" in settings and not settings.get("use_peft"):
         yield "`adapt` without `use_peft: true`: nothing would be adapted, every weight would be trained."
     if settings.get("feature_cache") is not None:

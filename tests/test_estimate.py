@@ -277,7 +277,7 @@ def test_where_4_bits_are_not_needed_it_is_said(monkeypatch, real, weights):
 
 
 def test_the_largest_batch_of_some_rows(monkeypatch):
-    recipe = burberry(monkeypatch, "--pad_to_multiple_of", "64")
+    recipe = burberry(monkeypatch, "--pad_to_multiple_of", "64", "--padding_free", "false")
     lengths = [Lengths(1958, 1921, 22, ((640, 480),)), Lengths(2540, 2509, 18, ((500, 500),))]
     shape = Shape.of(lengths, recipe, 16)
     assert (shape.rows, shape.tokens, shape.image_tokens, shape.crops, shape.supervised) == (2, 2560, 2509, 17, 22)

@@ -6,14 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from trl.trainer.utils import add_fused_lm_head
 
 from sft_phi3v import run
 from sft_phi3v.collator import IGNORED, Collator, only_supervised, row_numbers
-from sft_phi3v.model import load_model, lora_config
+from sft_phi3v.model import load_model
 from sft_phi3v.phi3_v import SDPA_BY_ROW, Phi3VForCausalLM, Phi3VProcessor
 from sft_phi3v.phi3_v.modeling_phi3_v import Phi3VModel
 from sft_phi3v.recipe import load_recipe
@@ -233,10 +232,24 @@ def test_attention_that_knows_rows_itself_is_left_as_it_is(write_recipe):
     recipe = load_recipe([write_recipe(**RUN, padding_free=True)])
     assert load_model(recipe).config._attn_implementation == SDPA_BY_ROW
     assert load_model(load_recipe([write_recipe(**RUN)])).config._attn_implementation == "sdpa"
-    eager = load_recipe([write_recipe(**RUN, padding_free=True, attn_implementation="eager")])
-    model = load_model(eager)
-    assert model.config._attn_implementation == "eager"
-    assert get_peft_model(model, lora_config(eager, model)).config._attn_implementation == "eager"
+    flex = load_recipe([write_recipe(**RUN, padding_free=True, attn_implementation="flex_attention")])
+    assert load_model(flex).config._attn_implementation == "flex_attention"
+    with pytest.raises(ValueError, match=r"eager.*Write `attn_implementation: sdpa`"):
+        load_recipe([write_recipe(**RUN, padding_free=True, attn_implementation="eager")])
+
+
+def test_a_window_is_not_forgotten(processor):
+    """transformers' `sdpa` says it by a mask, which rows without one have not."""
+    batch = Collator(processor, padding_free=True)(EXAMPLES)
+    model = model_of(SDPA_BY_ROW)
+    model.config.sliding_window = batch["max_length_q"]
+    for layer in model.model.language_model.layers:
+        layer.self_attn.config.sliding_window = batch["max_length_q"]
+    model(**batch)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.config.sliding_window = batch["max_length_q"] - 1
+    with pytest.raises(ValueError, match="sliding_window"):
+        model(**batch)
 
 
 def test_the_recipe_keeps_padding_free(write_recipe, tmp_path):

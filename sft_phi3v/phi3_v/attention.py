@@ -26,6 +26,7 @@ def sdpa_by_row(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     row_lengths: Sequence[int] | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -37,9 +38,16 @@ def sdpa_by_row(
 
     Returns:
         `tuple[torch.Tensor, None]`: Outputs, `(1, length, heads, head_dim)`, and no weights.
+
+    Raises:
+        ValueError: If a row is longer than the model's `sliding_window`, which only a mask could say to `sdpa`.
     """
     if row_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if sliding_window is not None and max(row_lengths) > sliding_window:
+        raise ValueError(
+            f"A row has {max(row_lengths)} tokens, more than this model's sliding_window {sliding_window}."
+        )
     rows = zip(*(states.split(row_lengths, dim=2) for states in (query, key, value)), strict=True)
     outputs = [sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows]
     return torch.cat(outputs, dim=1), None
