@@ -1,4 +1,4 @@
-"""Examples become one padded batch with labels: the ONE place that decides what is supervised.
+"""Examples become one batch with labels, padded or without padding: the ONE place that decides what is supervised.
 
 The rule: the words of every assistant turn, and the `<|end|>` that stops it. Nothing else: no system or user word, no
 picture, no `<s>`, no header of a turn, no padding.
@@ -54,7 +54,7 @@ class Collator:
     padding_free: bool = False
     features: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None = None
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """
         Args:
             examples (`list[dict]`): `{"images": [PIL.Image], "messages": [...], "row": int}` each, in TRL's
@@ -62,7 +62,7 @@ class Collator:
                 batch says `"repeated": True`, and nothing in it is supervised.
 
         Returns:
-            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels`, int64 `(batch, length)`, or what
+            `dict`: `input_ids`, `attention_mask` and `labels`, int64 `(batch, length)`, or what
             [`flattened`] makes of them; where any row has a picture also `pixel_values`, uint8 `(local crops, 3, 336,
             336)`, which the model normalises, and `image_sizes`, `(pictures, 2)`; with `features` these in place of
             `pixel_values`.

@@ -455,8 +455,7 @@ def _check_machine(recipe: Recipe) -> None:
 def cache_report(recipe: Recipe, prepared: Prepared) -> str:
     """What `feature_cache` takes on disk, and whether it pays, as far as sizes and operations tell."""
     config, num_crops = load_config(recipe), prepared.collator.processor.image_processor.num_crops
-    evaluated = prepared.held_out_pictures if recipe.training.eval_strategy != "no" else []
-    sizes = distinct([*prepared.pictures, *evaluated])
+    sizes = distinct([*prepared.pictures, *prepared.held_out_pictures])
     needed, folder = cache_bytes(recipe, config, sizes, num_crops), Path(str(recipe.task.feature_cache)).expanduser()
     left = room(folder)
     lines = [

@@ -179,13 +179,12 @@ def train(recipe: Recipe, trainer: Trainer, evaluation: Evaluation, checkpoint: 
 def _use_features(recipe: Recipe, trainer: Trainer, evaluation: Evaluation, prepared: Prepared) -> None:
     """Has the trainer read image features in place of pictures; scoring goes on with pixels."""
     parts = [Part(prepared.train, prepared.pictures), Part(prepared.held_out, prepared.held_out_pictures)]
-    read = parts[: 1 + (recipe.training.eval_strategy != "no")]
     epoch, total = steps(len(prepared.train), recipe, prepared.plan)
     features = cached(
         recipe,
         on_device(trainer.model).get_base_model(),
         prepared.collator.processor,
-        read,
+        parts,
         precision=evaluation.precision(trainer.model),
         epochs=total / epoch,
         say=print_once,
