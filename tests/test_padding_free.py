@@ -45,7 +45,7 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def processor():
-    return Phi3VProcessor.from_pretrained(BASE, num_crops=2)
+    return Phi3VProcessor.from_pretrained(BASE, num_crops=1)
 
 
 def model_of(implementation):
