@@ -20,7 +20,7 @@ from unittest import mock
 
 import bitsandbytes
 import torch
-from models import config_of
+from models import config_of, quantise
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -96,10 +96,7 @@ def build(case: Case) -> nn.Module:
         model = Phi3VForCausalLM(case.config)
     _materialise(model, dtype)
     if setting.bits == 4:
-        for name, linear in list(model.named_modules()):
-            if isinstance(linear, nn.Linear) and ".language_model." in name:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, _in_4bit(linear, setting))
+        quantise(model, setting, "cpu")
     if setting.lora:
         pattern = target_pattern(setting.adapt, model)
         model.requires_grad_(False)
@@ -135,26 +132,6 @@ def _materialise(model: nn.Module, dtype: torch.dtype, only: str = "") -> None:
             if buffer is not None and buffer.is_meta:
                 whole = torch.arange(buffer.numel()).view(buffer.shape)
                 module._buffers[name] = torch.ones(buffer.shape) if buffer.is_floating_point() else whole
-
-
-def _in_4bit(linear: nn.Linear, setting: Setting) -> nn.Module:
-    made = bitsandbytes.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=False,
-        compute_dtype=torch.bfloat16 if setting.autocast else getattr(torch, setting.dtype),
-        compress_statistics=setting.nested,
-        quant_type="nf4",
-        device="meta",
-    )
-    made.weight = bitsandbytes.nn.Params4bit(
-        linear.weight.data,
-        requires_grad=False,
-        compress_statistics=setting.nested,
-        quant_type="nf4",
-        module=made,
-    )._quantize(torch.device("cpu"))
-    return made
 
 
 def batch_of(case: Case) -> dict[str, Any]:

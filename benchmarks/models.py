@@ -99,10 +99,7 @@ def random_model(config: Phi3VConfig, setting: Setting, device: str, *, attentio
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(False)
     if setting.bits == 4:
-        for name, linear in list(model.named_modules()):
-            if isinstance(linear, nn.Linear) and ".language_model." in name:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, _in_4bit(linear, setting, device))
+        quantise(model, setting, device)
     trained: nn.Module = model
     if setting.lora:
         pattern = target_pattern(setting.adapt, model)
@@ -118,6 +115,14 @@ def random_model(config: Phi3VConfig, setting: Setting, device: str, *, attentio
         if setting.lora:
             trained.enable_input_require_grads()
     return trained.train()
+
+
+def quantise(model: nn.Module, setting: Setting, device: str) -> None:
+    """Puts 4-bit linears in the place of the decoder's."""
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and ".language_model." in name:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _in_4bit(linear, setting, device))
 
 
 def _in_4bit(linear: nn.Linear, setting: Setting, device: str) -> nn.Module:

@@ -323,16 +323,7 @@ class Cache:
 
     def plan(self, missing: Sequence[bytes]) -> list[list[bytes]]:
         """The files to be made: the pictures of each."""
-        files: list[list[bytes]] = []
-        size = 0
-        for digest in missing:
-            more = self.bytes_of([digest])
-            if not files or size + more > SHARD_BYTES:
-                files.append([])
-                size = 0
-            files[-1].append(digest)
-            size += more
-        return files
+        return _portions(missing, lambda digest: self.bytes_of([digest]), SHARD_BYTES)
 
     def fill(self, files: Sequence[Sequence[bytes]]) -> None:
         """
@@ -382,16 +373,7 @@ class Cache:
 
     def _batches(self, file: Sequence[bytes]) -> list[list[bytes]]:
         """The pictures of a file, some at a time."""
-        batches: list[list[bytes]] = []
-        size = 0
-        for digest in file:
-            crops = math.prod(grid(self.sizes[digest], self.num_crops)) + 1
-            if not batches or size + crops > CROPS_AT_ONCE:
-                batches.append([])
-                size = 0
-            batches[-1].append(digest)
-            size += crops
-        return batches
+        return _portions(file, lambda one: math.prod(grid(self.sizes[one], self.num_crops)) + 1, CROPS_AT_ONCE)
 
     def _workers(self, pictures: int) -> int:
         cores = (os.cpu_count() or 1) // PartialState().num_processes
@@ -547,6 +529,20 @@ def _kept(recipe: Recipe, model: Phi3VForCausalLM) -> torch.dtype:
     if training.bf16 or training.fp16:
         computed = torch.float16 if training.fp16 else torch.bfloat16
     return computed if computed.itemsize < placed.itemsize else placed
+
+
+def _portions(digests: Sequence[bytes], cost: Callable[[bytes], int], most: int) -> list[list[bytes]]:
+    """In the same order, as many together as cost no more than `most`, and one at least."""
+    portions: list[list[bytes]] = []
+    size = 0
+    for digest in digests:
+        more = cost(digest)
+        if not portions or size + more > most:
+            portions.append([])
+            size = 0
+        portions[-1].append(digest)
+        size += more
+    return portions
 
 
 def _bytes(tensor: torch.Tensor) -> Any:
